@@ -1,0 +1,44 @@
+"""Fused kernels for diffusion distillation with f-divergences (f-distill, arXiv 2502.15681)."""
+
+from . import reference
+from ._native import build_info
+from .backends import available_backends, empty_cache, set_backend, use_backend
+from .divergences import DIVERGENCES, Divergence, get_divergence, register_divergence
+from .losses import (
+    distribution_matching_loss,
+    f_distill_loss,
+    gan_discriminator_loss,
+    gan_generator_loss,
+    score_difference,
+    score_identity_loss,
+)
+from .modules import FDistillLoss
+from .predictions import to_x0
+from .stats import LossStats
+from .weights import RatioHistogram, f_weights
+
+from ._version import __version__
+
+__all__ = [
+    "DIVERGENCES",
+    "Divergence",
+    "FDistillLoss",
+    "LossStats",
+    "RatioHistogram",
+    "available_backends",
+    "build_info",
+    "distribution_matching_loss",
+    "empty_cache",
+    "f_distill_loss",
+    "f_weights",
+    "gan_discriminator_loss",
+    "gan_generator_loss",
+    "get_divergence",
+    "reference",
+    "register_divergence",
+    "score_difference",
+    "score_identity_loss",
+    "set_backend",
+    "to_x0",
+    "use_backend",
+]

@@ -1,0 +1,350 @@
+"""The operators: torch.library definitions, their fake implementations, and autograd.
+
+Eager calls on plain tensors go from the public function straight to the back end's kernel, whose gradient
+:class:`_Attach` hangs into the graph. Tracing (torch.compile, torch.export, FakeTensor and other modes, functorch) goes through
+``torch.ops.fdistill``, the same kernels as operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from ._checks import OptionalTensors
+from .params import REDUCTIONS, LossParams, WeightParams, schema
+from .stats import FIELDS
+
+_DOUBLE_BACKWARD = (
+    "fdistill_ops: the losses are differentiable once; their gradient is a constant (the score difference), "
+    "so a second derivative through it (create_graph=True) is not defined"
+)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_SUM, _SAMPLE = REDUCTIONS["sum"], REDUCTIONS["sample"]
+_keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether somebody watches the operators: the call must then be one."""
+    return (
+        torch.compiler.is_compiling()
+        or _dispatch_modes() > 0
+        or type(x) not in _PLAIN_TYPES
+        or _functorch_level() is not None
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ autograd
+
+
+class _Attach(torch.autograd.Function):
+    """Gives a computed loss the gradients computed with it: ``inputs`` are the tensors they belong to."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: tuple[Tensor], gradients: Sequence[Tensor], scale: Tensor | None, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(scale, *gradients)
+        return loss[0]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        scale, *gradients = ctx.saved_tensors
+        twice = torch.is_grad_enabled()
+        with torch.no_grad():
+            keep = twice or _keep_graph()
+            scaled = [backends.scale_gradient(gradient, scale, upstream, keep) for gradient in gradients]
+        if twice:
+            scaled = _refuse_double_backward(scaled)
+        return (None, None, None, *scaled)
+
+
+def _refuse_double_backward(gradients: list[Tensor]) -> list[Tensor]:
+    error = torch._C._functions.DelayedError(_DOUBLE_BACKWARD.encode(), len(gradients))
+    result = error(*[gradient.detach().requires_grad_() for gradient in gradients])
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _rows(scale: Tensor, gradient: Tensor) -> Tensor:
+    return scale.reshape(scale.shape + (1,) * (gradient.ndim - 1)) if scale.ndim == 1 and scale.numel() != 1 else scale
+
+
+# ----------------------------------------------------------------------------------------------------------- operators
+
+_lib = torch.library.Library("fdistill", "DEF")
+_TENSORS = (
+    "Tensor? weight, Tensor? teacher_uncond, Tensor? guidance, Tensor? mask, "
+    "Tensor? x_t, Tensor? alpha, Tensor? sigma, Tensor? normalizer"
+)
+_N_TENSORS, _N_LOSS, _N_WEIGHT = 8, len(LossParams._fields), len(WeightParams._fields)
+
+
+def _define(name: str, arguments: str, returns: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    _lib.define(f"{name}({arguments}) -> ({returns})", tags=(torch.Tag.pt2_compliant_tag,))
+    _lib.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fdistill::{name}", fake, lib=_lib)
+
+
+def _register_autograd(name: str, n_inputs: int, gradients: slice, inputs: Sequence[int]) -> None:
+    """``gradients`` of the outputs, followed by their scale, are the derivatives with respect to those inputs."""
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(output[gradients.stop], *output[gradients])
+
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        scale, *saved = ctx.saved_tensors
+        result: list[Tensor | None] = [None] * n_inputs
+        for index, gradient in zip(inputs, saved, strict=True):
+            if ctx.needs_input_grad[index]:
+                factor = upstream * scale if scale.numel() and gradient.dtype == torch.float16 else upstream
+                result[index] = (gradient * _rows(factor, gradient)).to(gradient.dtype)
+        return tuple(result)
+
+    torch.library.register_autograd(f"fdistill::{name}", backward, setup_context=setup_context, lib=_lib)
+
+
+def _kernels(tensor: Tensor) -> Any:
+    backend = backends.select(tensor.device)
+    if backend.name == "reference":
+        raise RuntimeError("the back end 'reference' is plain PyTorch and has no operators: call the public functions")
+    return backend
+
+
+def _present(outputs: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """Outputs as an operator must return them: a tensor each, empty for what a back end left out."""
+    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in outputs)
+
+
+def _loss_dtype(*tensors: Tensor | None) -> torch.dtype:
+    is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def _fake_loss(
+    x: Tensor, dtype: torch.dtype, params: LossParams, gradients: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """loss, gradients, the scale of float16 gradients, stats."""
+    per_sample = params.reduction == _SAMPLE
+    loss = x.new_empty(x.shape[:1] if per_sample else (), dtype=dtype)
+    half = any(tensor is not None and tensor.dtype == torch.float16 for tensor in gradients)
+    scaled = half and params.reduction != _SUM
+    scale = x.new_empty(x.shape[0] if per_sample else 1, dtype=dtype) if scaled else x.new_empty(0)
+    stats = x.new_empty(len(FIELDS), dtype=dtype) if params.need_stats else x.new_empty(0)
+    saved = [x.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in gradients]
+    return loss, saved, scale, stats
+
+
+# f_weights ------------------------------------------------------------------------------------------------------------
+
+
+def _f_weights(logits: Tensor, t: Tensor | None, bins: Tensor | None, *numbers: Any) -> Any:
+    return _present(_kernels(logits).f_weights(logits, t, bins, WeightParams(*numbers)), logits)
+
+
+def _f_weights_fake(logits: Tensor, t: Tensor | None, bins: Tensor | None, *numbers: Any) -> Any:
+    dtype = _loss_dtype(logits)
+    return (
+        logits.new_empty(logits.shape[0], dtype=dtype),
+        logits.new_empty(0) if bins is None else torch.empty_like(bins),
+        logits.new_empty(3, dtype=torch.float64),
+    )
+
+
+_define(
+    "f_weights",
+    f"Tensor logits, Tensor? t, Tensor? bins, {schema(WeightParams)}",
+    "Tensor weights, Tensor bins, Tensor ratio_stats",
+    _f_weights,
+    _f_weights_fake,
+)
+
+
+def f_weights(
+    logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weights [B], the new histogram (empty without one), [ratio mean, clipped low, clipped high] (float64)."""
+    if _traced(logits):
+        return torch.ops.fdistill.f_weights(logits.detach(), t, bins, *params)
+    return backends.select(logits.device).f_weights(logits, t, bins, params)
+
+
+# distribution matching ------------------------------------------------------------------------------------------------
+
+
+def _distribution_matching(x: Tensor, teacher: Tensor, fake: Tensor, *rest: Any) -> Any:
+    tensors, params, need_grad = rest[:_N_TENSORS], LossParams(*rest[_N_TENSORS:-1]), rest[-1]
+    return _present(_kernels(x).distribution_matching(x, teacher, fake, tensors, params, need_grad), x)
+
+
+def _distribution_matching_fake(x: Tensor, teacher: Tensor, fake: Tensor, *rest: Any) -> Any:
+    params, need_grad = LossParams(*rest[_N_TENSORS:-1]), rest[-1]
+    dtype = _loss_dtype(x, teacher, fake, rest[1], rest[4])
+    loss, (gradient,), scale, stats = _fake_loss(x, dtype, params, [x if need_grad else None])
+    return loss, gradient, scale, stats
+
+
+_define(
+    "distribution_matching",
+    f"Tensor x, Tensor teacher, Tensor fake, {_TENSORS}, {schema(LossParams)}, bool need_grad",
+    "Tensor loss, Tensor gradient, Tensor gradient_scale, Tensor stats",
+    _distribution_matching,
+    _distribution_matching_fake,
+)
+_register_autograd("distribution_matching", 3 + _N_TENSORS + _N_LOSS + 1, slice(1, 2), [0])
+
+
+def distribution_matching(
+    x: Tensor, teacher: Tensor, fake: Tensor, tensors: OptionalTensors, params: LossParams
+) -> tuple[Tensor, Tensor]:
+    """The loss, differentiable in x, and the statistics (empty where none were asked for)."""
+    need_grad = x.requires_grad and torch.is_grad_enabled()
+    if _traced(x):
+        teacher, fake, tensors = teacher.detach(), fake.detach(), _detached(tensors)
+        loss, _, _, stats = torch.ops.fdistill.distribution_matching(
+            x, teacher, fake, *tensors, *params, need_grad or _functorch_level() is not None
+        )
+        return loss, stats
+    loss, gradient, scale, stats = backends.select(x.device).distribution_matching(
+        x, teacher, fake, tensors, params, need_grad
+    )
+    return (_Attach.apply((loss,), (gradient,), scale, x) if need_grad else loss), stats
+
+
+def difference(
+    x: Tensor, teacher: Tensor, fake: Tensor, tensors: OptionalTensors, params: LossParams, out: Tensor | None
+) -> Tensor:
+    """g itself: the gradient of the sum."""
+    if _traced(x):
+        with torch.no_grad():
+            _, g, _, _ = torch.ops.fdistill.distribution_matching(x, teacher, fake, *tensors, *params, True)
+            return g if out is None else out.copy_(g)
+    return backends.select(x.device).distribution_matching(x, teacher, fake, tensors, params, True, out)[1]
+
+
+def _detached(tensors: OptionalTensors) -> OptionalTensors:
+    return tuple(tensor if tensor is None else tensor.detach() for tensor in tensors)  # type: ignore[return-value]
+
+
+# f-distill ------------------------------------------------------------------------------------------------------------
+
+
+def _f_distill(
+    x: Tensor, teacher: Tensor, fake: Tensor, logits: Tensor, t: Tensor | None, bins: Tensor | None, *rest: Any
+) -> Any:
+    tensors, numbers, need_grad = rest[:_N_TENSORS], rest[_N_TENSORS:-1], rest[-1]
+    weight_params, params = WeightParams(*numbers[:_N_WEIGHT]), LossParams(*numbers[_N_WEIGHT:])
+    outputs = _kernels(x).f_distill(x, teacher, fake, logits, t, bins, tensors, weight_params, params, need_grad)
+    return _present(outputs, x)
+
+
+def _f_distill_fake(
+    x: Tensor, teacher: Tensor, fake: Tensor, logits: Tensor, t: Tensor | None, bins: Tensor | None, *rest: Any
+) -> Any:
+    outputs = _distribution_matching_fake(x, teacher, fake, *rest[:_N_TENSORS], *rest[_N_TENSORS + _N_WEIGHT :])
+    return *outputs, x.new_empty(0) if bins is None else torch.empty_like(bins)
+
+
+_define(
+    "f_distill",
+    f"Tensor x, Tensor teacher, Tensor fake, Tensor logits, Tensor? t, Tensor? bins, {_TENSORS}, "
+    f"{schema(WeightParams, 'weight_')}, {schema(LossParams)}, bool need_grad",
+    "Tensor loss, Tensor gradient, Tensor gradient_scale, Tensor stats, Tensor new_bins",
+    _f_distill,
+    _f_distill_fake,
+)
+_register_autograd("f_distill", 6 + _N_TENSORS + _N_WEIGHT + _N_LOSS + 1, slice(1, 2), [0])
+
+
+def f_distill(
+    x: Tensor,
+    teacher: Tensor,
+    fake: Tensor,
+    logits: Tensor,
+    t: Tensor | None,
+    bins: Tensor | None,
+    tensors: OptionalTensors,
+    weight_params: WeightParams,
+    params: LossParams,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, differentiable in x, the statistics, the new histogram (empty without one)."""
+    need_grad = x.requires_grad and torch.is_grad_enabled()
+    if _traced(x):
+        teacher, fake, logits, tensors = teacher.detach(), fake.detach(), logits.detach(), _detached(tensors)
+        loss, _, _, stats, bins = torch.ops.fdistill.f_distill(
+            x,
+            teacher,
+            fake,
+            logits,
+            t,
+            bins,
+            *tensors,
+            *weight_params,
+            *params,
+            need_grad or _functorch_level() is not None,
+        )
+        return loss, stats, bins
+    loss, gradient, scale, stats, bins = backends.select(x.device).f_distill(
+        x, teacher, fake, logits, t, bins, tensors, weight_params, params, need_grad
+    )
+    return (_Attach.apply((loss,), (gradient,), scale, x) if need_grad else loss), stats, bins
+
+
+# score identity -------------------------------------------------------------------------------------------------------
+
+
+def _score_identity(
+    x: Tensor, teacher: Tensor, fake: Tensor, weight: Any, mask: Any, normalizer: Any, *rest: Any
+) -> Any:
+    params, need_grads = LossParams(*rest[:_N_LOSS]), rest[_N_LOSS:]
+    return _present(_kernels(x).score_identity(x, teacher, fake, weight, mask, normalizer, params, need_grads), x)
+
+
+def _score_identity_fake(
+    x: Tensor, teacher: Tensor, fake: Tensor, weight: Any, mask: Any, normalizer: Any, *rest: Any
+) -> Any:
+    params, need_grads = LossParams(*rest[:_N_LOSS]), rest[_N_LOSS:]
+    wanted = [tensor if need else None for tensor, need in zip((x, teacher, fake), need_grads, strict=True)]
+    loss, gradients, scale, stats = _fake_loss(x, _loss_dtype(x, teacher, fake), params, wanted)
+    return loss, *gradients, scale, stats
+
+
+_define(
+    "score_identity",
+    "Tensor x, Tensor teacher, Tensor fake, Tensor? weight, Tensor? mask, Tensor? normalizer, "
+    f"{schema(LossParams)}, bool need_x, bool need_teacher, bool need_fake",
+    "Tensor loss, Tensor d_x, Tensor d_teacher, Tensor d_fake, Tensor gradient_scale, Tensor stats",
+    _score_identity,
+    _score_identity_fake,
+)
+_register_autograd("score_identity", 6 + _N_LOSS + 3, slice(1, 4), [0, 1, 2])
+
+
+def score_identity(
+    x: Tensor,
+    teacher: Tensor,
+    fake: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    normalizer: Tensor | None,
+    params: LossParams,
+) -> tuple[Tensor, Tensor]:
+    """The loss, differentiable in x, teacher and fake, and the statistics (empty where none were asked for)."""
+    grad_enabled = torch.is_grad_enabled()
+    inputs = (x, teacher, fake)
+    need_grads = [grad_enabled and tensor.requires_grad for tensor in inputs]
+    if _traced(x):
+        if _functorch_level() is not None:
+            need_grads = [True] * 3
+        weight, mask, normalizer = (v if v is None else v.detach() for v in (weight, mask, normalizer))
+        outputs = torch.ops.fdistill.score_identity(*inputs, weight, mask, normalizer, *params, *need_grads)
+        return outputs[0], outputs[5]
+    loss, *gradients, scale, stats = backends.select(x.device).score_identity(
+        *inputs, weight, mask, normalizer, params, need_grads
+    )
+    if any(need_grads):
+        wanted = [i for i in range(3) if need_grads[i]]
+        loss = _Attach.apply((loss,), [gradients[i] for i in wanted], scale, *[inputs[i] for i in wanted])
+    return loss, stats

@@ -1,0 +1,204 @@
+"""The C++ back end for CPU tensors (csrc/cpu)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .._checks import OptionalTensors
+from ..params import REDUCTIONS, LossParams, WeightParams
+from ..stats import FIELDS
+
+name = "cpu"
+
+_C = _native.module()
+_DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.bool: 4,
+    torch.uint8: 5,
+    torch.int8: 6,
+    torch.int16: 7,
+    torch.int32: 8,
+    torch.int64: 9,
+}
+_POOLED_BYTES = 1 << 20
+_SUM, _SAMPLE = REDUCTIONS["sum"], REDUCTIONS["sample"]
+_from_dlpack = torch._C._from_dlpack
+
+
+def _record(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
+    return None if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride())
+
+
+def _gradient_like(x: Tensor) -> Tensor:
+    """Uninitialised, with x's shape, dtype and (where they are dense) strides. Large ones reuse the memory of earlier
+    gradients: fresh memory costs more in page faults than the gradient takes to write."""
+    bytes_ = x.numel() * x.itemsize
+    if bytes_ < _POOLED_BYTES or not x.is_contiguous():
+        return torch.empty_like(x)
+    return _from_dlpack(_C.pooled_empty(tuple(x.shape), x.stride(), _DTYPES[x.dtype], bytes_))
+
+
+def _weight_arguments(
+    logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
+) -> tuple[tuple[Any, ...], Tensor | None]:
+    new_bins, bins_address, n_bins = None, 0, 0
+    if bins is not None:
+        bins = bins if bins.dtype == torch.float32 and bins.is_contiguous() else bins.float().contiguous()
+        new_bins = torch.empty_like(bins)
+        bins_address, n_bins = bins.data_ptr(), bins.numel()
+    if t is not None and t.dtype not in _DTYPES:
+        t = t.double()
+    heads = logits.shape[1] if logits.ndim == 2 else 1
+    new_address = 0 if new_bins is None else new_bins.data_ptr()
+    arguments = (logits.shape[0], heads, _record(logits), _record(t), bins_address, n_bins, new_address, params)
+    return (*arguments, bins, t), new_bins  # the last two only to be kept alive
+
+
+def f_weights(
+    logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    arguments, new_bins = _weight_arguments(logits, t, bins, params)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    weights = torch.empty(logits.shape[:1], dtype=dtype, device="cpu")
+    ratio_stats = torch.empty(3, dtype=torch.float64, device="cpu")
+    _C.f_weights(arguments, weights.data_ptr(), ratio_stats.data_ptr())
+    return weights, _in_dtype_of(bins, new_bins), ratio_stats
+
+
+def _in_dtype_of(bins: Tensor | None, new_bins: Tensor | None) -> Tensor | None:
+    return new_bins if bins is None or new_bins is None or bins.dtype == new_bins.dtype else new_bins.to(bins.dtype)
+
+
+def _loss(
+    inputs: Sequence[Tensor],
+    tensors: OptionalTensors,
+    params: LossParams,
+    gradients: Sequence[Tensor | None],
+    weight_arguments: tuple[Any, ...] | None,
+    score_identity: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Runs the kernel. The loss, the scale of float16 gradients (None without such), the statistics (None unless
+    wanted)."""
+    x, teacher, fake = inputs
+    weight, uncond, guidance, mask, x_t, alpha, sigma, normalizer = tensors
+    double = torch.float64
+    wide = (
+        x.dtype is double
+        or teacher.dtype is double
+        or fake.dtype is double
+        or (uncond is not None and uncond.dtype is double)
+        or (x_t is not None and x_t.dtype is double)
+    )
+    dtype = double if wide else torch.float32
+    per_sample = params.reduction == _SAMPLE
+    loss = torch.empty(x.shape[:1] if per_sample else (), dtype=dtype, device="cpu")
+    scale = stats = None
+    if params.reduction != _SUM and any(g is not None and g.dtype is torch.float16 for g in gradients):
+        scale = torch.empty(x.shape[:1] if per_sample else (1,), dtype=dtype, device="cpu")
+    if params.need_stats:
+        stats = torch.empty(len(FIELDS), dtype=dtype, device="cpu")
+    operands = (
+        _record(x),
+        _record(teacher),
+        _record(fake),
+        _record(uncond),
+        _record(x_t),
+        _record(mask),
+        _record(weight),
+        _record(alpha),
+        _record(sigma),
+        *[_record(gradient) for gradient in gradients],
+    )
+    _C.loss(
+        tuple(x.shape),
+        operands,
+        _record(guidance),
+        _record(normalizer),
+        params,
+        weight_arguments,
+        score_identity,
+        wide,
+        loss.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        0 if stats is None else stats.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return loss, scale, stats
+
+
+def distribution_matching(
+    x: Tensor,
+    teacher: Tensor,
+    fake: Tensor,
+    tensors: OptionalTensors,
+    params: LossParams,
+    need_grad: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    gradient = out if out is not None else _gradient_like(x) if need_grad else None
+    loss, scale, stats = _loss((x, teacher, fake), tensors, params, (gradient, None, None), None, False)
+    return loss, gradient, scale, stats
+
+
+def f_distill(
+    x: Tensor,
+    teacher: Tensor,
+    fake: Tensor,
+    logits: Tensor,
+    t: Tensor | None,
+    bins: Tensor | None,
+    tensors: OptionalTensors,
+    weight_params: WeightParams,
+    params: LossParams,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    arguments, new_bins = _weight_arguments(logits, t, bins, weight_params)
+    gradient = _gradient_like(x) if need_grad else None
+    loss, scale, stats = _loss((x, teacher, fake), tensors, params, (gradient, None, None), arguments, False)
+    return loss, gradient, scale, stats, _in_dtype_of(bins, new_bins)
+
+
+def score_identity(
+    x: Tensor,
+    teacher: Tensor,
+    fake: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    normalizer: Tensor | None,
+    params: LossParams,
+    need_grads: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    inputs = (x, teacher, fake)
+    gradients = [_gradient_like(tensor) if need else None for tensor, need in zip(inputs, need_grads, strict=True)]
+    tensors = (weight, None, None, mask, None, None, None, normalizer)
+    loss, scale, stats = _loss(inputs, tensors, params, gradients, None, True)
+    return loss, *gradients, scale, stats
+
+
+def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool) -> Tensor:
+    """See :func:`fdistill_ops.backends.scale_gradient`. Reading the factor costs nothing here: it is in host memory."""
+    if scale is None or gradient.dtype is not torch.float16:
+        factor = upstream
+    else:
+        factor = upstream * scale.reshape(upstream.shape)
+    if factor.ndim == 0:
+        number = factor.item()
+        if number == 1.0:
+            return gradient.clone() if keep else gradient
+        return gradient * number if keep else gradient.mul_(number)
+    if bool((factor == 1.0).all()):
+        return gradient.clone() if keep else gradient
+    rows = factor.reshape(factor.shape + (1,) * (gradient.ndim - 1))
+    return (gradient * rows).to(gradient.dtype) if keep else gradient.mul_(rows)
+
+
+def empty_cache() -> int:
+    return _C.pool_trim()

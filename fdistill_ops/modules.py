@@ -1,0 +1,88 @@
+"""The f-distill loss as a module that holds its histogram."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from .divergences import Divergence, get_divergence
+from .losses import f_distill_loss
+from .weights import RatioHistogram
+
+
+class FDistillLoss(torch.nn.Module):
+    """:func:`fdistill_ops.f_distill_loss` with its settings and its :class:`~fdistill_ops.RatioHistogram`.
+
+    Under torch.distributed the histogram and the mean weight are taken over all ranks, as in SyncBatchNorm; in eval mode
+    the histogram is used and not updated, and no rank is waited for beyond the mean.
+
+    Args:
+        divergence, logit_clip, ratio_clip, normalize, eps, nonfinite, normalizer, reduction: as in
+            :func:`fdistill_ops.f_distill_loss`.
+        histogram: a RatioHistogram, or None for none. Its buffer is part of this module's state.
+        process_group: ranks to reduce over; None: all, where torch.distributed is initialised.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+
+    def __init__(
+        self,
+        divergence: str | Divergence = "js",
+        *,
+        histogram: RatioHistogram | None = None,
+        logit_clip: float | None = 10.0,
+        ratio_clip: tuple[float, float] | None = (0.1, 20.0),
+        normalize: str | None = "mean",
+        normalizer: str | None = "mean_abs",
+        eps: float = 1e-6,
+        nonfinite: str = "propagate",
+        reduction: str = "mean",
+        process_group: Any = None,
+    ) -> None:
+        super().__init__()
+        if histogram is not None and not isinstance(histogram, RatioHistogram):
+            raise TypeError(f"histogram must be a RatioHistogram, got {type(histogram).__name__}")
+        self.divergence = get_divergence(divergence)
+        self.histogram = histogram
+        self.process_group = process_group
+        self.settings: dict[str, Any] = {
+            "logit_clip": logit_clip,
+            "ratio_clip": ratio_clip,
+            "normalize": normalize,
+            "normalizer": normalizer,
+            "eps": eps,
+            "nonfinite": nonfinite,
+            "reduction": reduction,
+        }
+        probe = torch.zeros(1)
+        _checks.f_weights(probe, None, self.divergence, logit_clip, ratio_clip, None, normalize, eps, nonfinite)
+        _checks.distribution_matching(probe, probe, probe, normalizer=normalizer, reduction=reduction)
+
+    def forward(
+        self, x: Tensor, teacher: Tensor, fake: Tensor, logits: Tensor, t: Tensor | None = None, **arguments: Any
+    ) -> Any:
+        """The loss; ``arguments`` are the remaining ones of :func:`fdistill_ops.f_distill_loss` (guidance, mask, prediction,
+        return_stats), or override a setting."""
+        return f_distill_loss(
+            x,
+            teacher,
+            fake,
+            logits,
+            t,
+            divergence=self.divergence,
+            histogram=self.histogram,
+            group=self._group(),
+            **(self.settings | arguments),
+        )
+
+    def _group(self) -> Any:
+        if self.process_group is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.group.WORLD
+        return self.process_group
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.divergence), *(f"{key}={value!r}" for key, value in self.settings.items())])
