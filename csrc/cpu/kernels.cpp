@@ -7,71 +7,96 @@
 namespace fdistill::FD_ISA {
 namespace {
 
-// Operands of 16 elements from a block, starting at i; a partial group at the end is padded with zeros.
+// Elements that go through the registers together: as many as lie in 64 bytes of a 2-byte type that is split into even and odd.
+template <class T>
+constexpr int kMultiple = std::is_same_v<T, bfloat16> ? 2 : 1;
+template <class T>
+constexpr int kGroup = kMultiple<T> * kLanes;
+
+// Operands of one group from a block, starting at i; a partial group at the end is padded with zeros.
 template <class T>
 struct Group {
   const Block<T>& b;
   int64_t i;
   int valid;
   using C = compute_t<T>;
-  using V = Lanes<C>;
+  static constexpr int size = kGroup<T>;
+  using V = Lanes<C, kMultiple<T>>;
+  using M = Mask<C, kMultiple<T>>;
 
-  V at(const T* p) const {
-    if (valid == kLanes) return load(p + i);
-    T padded[kLanes] = {};
+  FD_INLINE V at(const T* p) const {
+    if (valid == size) return load(p + i);
+    T padded[size] = {};
     for (int j = 0; j < valid; ++j) padded[j] = p[i + j];
     return load(padded);
   }
-  V row(const C* rows, C value) const {
-    if (rows == nullptr) return V::all(value);
-    if (valid == kLanes) return load(rows + i);
-    C padded[kLanes] = {};
-    for (int j = 0; j < valid; ++j) padded[j] = rows[i + j];
-    return load(padded);
+  FD_INLINE V row(const C* rows, C value) const {
+    if constexpr (std::is_same_v<T, C>) {  // other types are read only where the coefficients are constant
+      if (rows != nullptr) return at(rows);
+    }
+    return V::all(value);
   }
-  Mask<C> on() const {
-    if (valid == kLanes) return b.mask == nullptr ? Mask<C>::all() : Mask<C>::of(b.mask + i);
-    uint8_t bytes[kLanes] = {};
-    for (int j = 0; j < valid; ++j) bytes[j] = b.mask == nullptr || b.mask[i + j];
-    return Mask<C>::of(bytes);
+  FD_INLINE M on() const {
+    if (valid == size && b.mask == nullptr) return M::all();
+    if constexpr (kMultiple<T> == 1) {
+      if (valid == size) return M::of(b.mask + i);
+    }
+    uint8_t bytes[size] = {};
+    for (int j = 0; j < valid; ++j)
+      bytes[kMultiple<T> == 1 ? j : j % 2 * kLanes + j / 2] = b.mask == nullptr || b.mask[i + j];
+    return M::of(bytes);
   }
-  void put(T* p, const V& v) const {
+  template <bool any>  // see store
+  FD_INLINE void put(T* p, const V& v) const {
     if (p == nullptr) return;
-    if (valid == kLanes) return store(p + i, v, b.stream);
-    T padded[kLanes];
-    store(padded, v, false);
+    if (valid == size) return store<any>(p + i, v, b.stream);
+    T padded[size];
+    store<true>(padded, v, false);
     for (int j = 0; j < valid; ++j) p[i + j] = padded[j];
   }
   template <bool guided>
-  V teacher() const {  // as predicted: T = uncond + s (teacher - uncond)
+  FD_INLINE V teacher() const {  // as predicted: T = uncond + s (teacher - uncond)
     if constexpr (!guided) return at(b.teacher);
     const V u = at(b.uncond);
     return u + V::all(b.guidance) * (at(b.teacher) - u);
   }
 };
 
-// Calls body for each group of 16: body<false> on full groups where nothing needs a mask, body<true> otherwise.
-template <class T, class Body>
-void for_each_group(const Block<T>& b, bool masked, Body&& body) {
-  const int64_t full = b.n - b.n % kLanes;
-  if (masked)
-    for (int64_t i = 0; i < full; i += kLanes) body(Group<T>{b, i, kLanes}, std::true_type{});
-  else
-    for (int64_t i = 0; i < full; i += kLanes) body(Group<T>{b, i, kLanes}, std::false_type{});
-  if (full < b.n) body(Group<T>{b, full, static_cast<int>(b.n - full)}, std::true_type{});
+// Calls each(i, valid) for every group, or four(i) for four of them together where that many are left.
+template <class T, class Four, class Each>
+FD_INLINE void for_each_group(const Block<T>& b, Four&& four, Each&& each) {
+  constexpr int size = kGroup<T>;
+  int64_t i = 0;
+  if constexpr (!std::is_same_v<Four, std::nullptr_t>)
+    for (; i + 4 * size <= b.n; i += 4 * size) four(i);
+  for (; i + size <= b.n; i += size) each(i, size);
+  if (i < b.n) each(i, static_cast<int>(b.n - i));
 }
+
+// Sums are taken of four groups at a time in the type computed in and then in float64, which spares three widenings of four.
+// Where such a sum has left the range that is exact enough, the block is done again, every element widened by itself.
 
 // sum |x - T|,  T = a x_t + c (guided teacher)
 template <class T, bool guided, bool converted>
-double distance_of(const Block<T>& b) {
-  Sum sum;
-  const auto body = [&](const Group<T>& g, auto) __attribute__((always_inline)) {
-    auto t = g.template teacher<guided>();
-    if constexpr (converted) t = g.row(b.a_rows, b.a) * g.at(b.x_t) + g.row(b.c_rows, b.c) * t;
-    sum.add((g.at(b.x) - t).abs());
+double distance_of(const Block<T>& block) {
+  const Block<T> b = block;
+  constexpr int size = kGroup<T>;
+  const auto distance = [&](int64_t i, int valid) __attribute__((always_inline)) {
+    const Group<T> group{b, i, valid};
+    auto t = group.template teacher<guided>();
+    if constexpr (converted) t = group.row(b.a_rows, b.a) * group.at(b.x_t) + group.row(b.c_rows, b.c) * t;
+    return (group.at(b.x) - t).abs();
   };
-  for_each_group(b, false, body);
-  return sum.total();
+  Sum sum, wide;
+  const auto four = [&](int64_t i) __attribute__((always_inline)) {
+    sum.add(fold((distance(i, size) + distance(i + size, size)) +
+                 (distance(i + 2 * size, size) + distance(i + 3 * size, size))));
+  };
+  for_each_group(b, four, [&](int64_t i, int valid) __attribute__((always_inline)) { sum.add(distance(i, valid)); });
+  const double total = sum.total();
+  if (total - total == 0) return total;
+  for_each_group(b, nullptr, [&](int64_t i, int valid) __attribute__((always_inline)) { wide.add(distance(i, valid)); });
+  return wide.total();
 }
 
 template <class T>
@@ -81,30 +106,64 @@ double distance(const Block<T>& b) {
   return converted ? distance_of<T, false, true>(b) : distance_of<T, false, false>(b);
 }
 
-// g = k (fake - teacher),  k = w c / (n_b + eps)
+// g = k (fake - teacher),  k = w c / (n_b + eps); every element finite, no mask, no statistics. False where the sum of the
+// squares is not to be trusted: too large or too small for float32, or a g that is not finite.
+template <class T, bool guided>
+bool score_difference_plain(const Block<T>& block, BlockSums& sums) {
+  using V = typename Group<T>::V;
+  const Block<T> b = block;  // a copy of its own, which nothing written can alias
+  constexpr int size = kGroup<T>;
+  const V inverse = V::all(b.inverse);
+  const auto square = [&](int64_t i, int valid) __attribute__((always_inline)) {
+    const Group<T> group{b, i, valid};
+    const V g = group.row(b.k_rows, b.k) * (group.at(b.fake) - group.template teacher<guided>());
+    group.template put<false>(b.d_x, g * inverse);
+    return g * g;
+  };
+  Sum sum;
+  const auto four = [&](int64_t i) __attribute__((always_inline)) {
+    const V first = square(i, size) + square(i + size, size);
+    sum.add(fold(first + (square(i + 2 * size, size) + square(i + 3 * size, size))));
+  };
+  for_each_group(b, four, [&](int64_t i, int valid) __attribute__((always_inline)) { sum.add(square(i, valid)); });
+  const double total = sum.total();
+  sums.squares += total;
+  return total > 1e-24 && total < 1e36;
+}
+
+// The same in every case.
+template <class T, bool guided>
+void score_difference_careful(const Block<T>& block, BlockSums& sums) {
+  using V = typename Group<T>::V;
+  using M = typename Group<T>::M;
+  const Block<T> b = block;
+  Sum squares, absolute;
+  Count<compute_t<T>, kMultiple<T>> bad;
+  const V inverse = V::all(b.inverse);
+  for_each_group(b, nullptr, [&](int64_t i, int valid) __attribute__((always_inline)) {
+    const Group<T> group{b, i, valid};
+    V g = group.row(b.k_rows, b.k) * (group.at(b.fake) - group.template teacher<guided>());
+    const M on = group.on(), finite = g.finite();
+    bad.add(on & ~finite);
+    g = g.where(b.zero_nonfinite ? on & finite : on);
+    absolute.add(g.abs());
+    squares.add_square(g);
+    group.template put<true>(b.d_x, g * inverse);
+  });
+  sums.squares += squares.total(), sums.absolute += absolute.total(), sums.bad += bad.total();
+}
+
 template <class T, bool guided>
 void score_difference_of(const Block<T>& b, BlockSums& sums) {
-  using C = compute_t<T>;
-  using V = Lanes<C>;
-  Sum squares, absolute;
-  Count<C> bad;
-  const V inverse = V::all(b.inverse);
-  const auto body = [&](const Group<T>& group, auto careful) __attribute__((always_inline)) {
-    V g = group.row(b.k_rows, b.k) * (group.at(b.fake) - group.template teacher<guided>());
-    if constexpr (careful.value) {
-      const Mask<C> on = group.on(), finite = g.finite();
-      if (b.stats) bad.add(on & ~finite);
-      g = g.where(b.zero_nonfinite ? on & finite : on);
-      if (b.stats) absolute.add(g.abs());
+  const bool in_place = b.d_x != nullptr && (b.d_x == b.fake || b.d_x == b.teacher || b.d_x == b.uncond);
+  if (b.mask == nullptr && !b.zero_nonfinite && !b.stats && !in_place) {
+    BlockSums tried = sums;
+    if (score_difference_plain<T, guided>(b, tried)) {
+      sums = tried;
+      return;
     }
-    const Lanes<double> wide = widen(g);
-    squares.add(wide * wide);
-    group.put(b.d_x, g * inverse);
-  };
-  for_each_group(b, b.mask != nullptr || b.zero_nonfinite || b.stats, body);
-  sums.squares += squares.total();
-  sums.absolute += absolute.total();
-  sums.bad += bad.total();
+  }
+  score_difference_careful<T, guided>(b, sums);
 }
 
 template <class T>
@@ -114,42 +173,44 @@ void score_difference(const Block<T>& b, BlockSums& sums) {
 }
 
 // With D = T - F, E = T - x:  term = k D (E - alpha D)
-template <class T>
-void score_identity(const Block<T>& b, BlockSums& sums) {
-  using C = compute_t<T>;
-  using V = Lanes<C>;
+template <class T, bool careful>
+void score_identity_of(const Block<T>& block, BlockSums& sums) {
+  using V = typename Group<T>::V;
+  using M = typename Group<T>::M;
+  const Block<T> b = block;
   Sum terms, squares, absolute;
-  Count<C> bad;
-  const V inverse = V::all(b.inverse), alpha = V::all(b.alpha), two_alpha = V::all(2 * b.alpha);
-  const auto body = [&](const Group<T>& group, auto careful) __attribute__((always_inline)) {
+  Count<compute_t<T>, kMultiple<T>> bad;
+  const V zero = V::all(0), inverse = V::all(b.inverse), alpha = V::all(b.identity_alpha), two_alpha = alpha + alpha;
+  for_each_group(b, nullptr, [&](int64_t i, int valid) __attribute__((always_inline)) {
+    const Group<T> group{b, i, valid};
     const V t = group.at(b.teacher), d = t - group.at(b.fake), e = t - group.at(b.x);
     const V k = group.row(b.k_rows, b.k), kd = k * d;
     V term = kd * (e - alpha * d);
-    V d_x = V::all(0) - kd;                     // d term / dx = -k D
-    V d_fake = V::all(0) - k * (e - two_alpha * d);  // d term / dF = -k (E - 2 alpha D)
+    V d_x = zero - kd;                          // d term / dx = -k D
+    V d_fake = zero - k * (e - two_alpha * d);  // d term / dF = -k (E - 2 alpha D)
     V d_teacher = kd - d_fake;                  // d term / dT = k (D + E - 2 alpha D)
-    if constexpr (careful.value) {
-      const Mask<C> on = group.on();
-      const Mask<C> finite = term.finite() & d_x.finite() & d_teacher.finite() & d_fake.finite();
-      if (b.stats) bad.add(on & ~finite);
-      const Mask<C> kept = b.zero_nonfinite ? on & finite : on;
+    if constexpr (careful) {
+      const M on = group.on();
+      const M finite = term.finite() & d_x.finite() & d_teacher.finite() & d_fake.finite();
+      bad.add(on & ~finite);
+      const M kept = b.zero_nonfinite ? on & finite : on;
       term = term.where(kept), d_x = d_x.where(kept), d_teacher = d_teacher.where(kept), d_fake = d_fake.where(kept);
-      if (b.stats) {
-        const Lanes<double> wide = widen(d_x);
-        squares.add(wide * wide);
-        absolute.add(d_x.abs());
-      }
+      squares.add_square(d_x);
+      absolute.add(d_x.abs());
     }
     terms.add(term);
-    group.put(b.d_x, d_x * inverse);
-    group.put(b.d_teacher, d_teacher * inverse);
-    group.put(b.d_fake, d_fake * inverse);
-  };
-  for_each_group(b, b.mask != nullptr || b.zero_nonfinite || b.stats, body);
-  sums.terms += terms.total();
-  sums.squares += squares.total();
-  sums.absolute += absolute.total();
+    group.template put<true>(b.d_x, d_x * inverse);
+    group.template put<true>(b.d_teacher, d_teacher * inverse);
+    group.template put<true>(b.d_fake, d_fake * inverse);
+  });
+  sums.terms += terms.total(), sums.squares += squares.total(), sums.absolute += absolute.total();
   sums.bad += bad.total();
+}
+
+template <class T>
+void score_identity(const Block<T>& b, BlockSums& sums) {
+  const bool careful = b.mask != nullptr || b.zero_nonfinite || b.stats;
+  careful ? score_identity_of<T, true>(b, sums) : score_identity_of<T, false>(b, sums);
   if (b.stream) fence_streams();
 }
 

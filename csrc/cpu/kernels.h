@@ -22,7 +22,7 @@ struct Block {
   C a, c;             // x0 = a x_t + c prediction
   C k;                // w c / (n_b + eps)
   C inverse;          // of the number of masked elements
-  C alpha;            // score identity only
+  C identity_alpha;   // score identity only
   const C* a_rows;    // [n] instead of a, or null
   const C* c_rows;    // [n] instead of c, or null
   const C* k_rows;    // [n] instead of k, or null

@@ -205,7 +205,7 @@ class Loss {
       block.d_x = target(kDx, b, at, n, staging);
       if (call_.score_identity) {
         block.x = values(kX, b, at, n, staging);
-        block.alpha = static_cast<C>(call_.params.identity_alpha);
+        block.identity_alpha = static_cast<C>(call_.params.identity_alpha);
         block.d_teacher = target(kDTeacher, b, at, n, staging);
         block.d_fake = target(kDFake, b, at, n, staging);
       }

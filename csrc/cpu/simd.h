@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "fdistill/dtype.h"
 
@@ -19,14 +20,55 @@
 #define FD_REGISTER_BYTES 16
 #endif
 
+#define FD_INLINE inline __attribute__((always_inline))
+
 namespace fdistill::FD_ISA {
 
 constexpr int kLanes = 16;
 
-template <class T, int bytes>
-struct Register {
-  typedef T type __attribute__((vector_size(bytes)));
+// n registers of E. A tree of pairs, not an array: compilers keep its leaves in registers.
+template <class E, int n>
+struct Pack {
+  Pack<E, n / 2> lo, hi;
 };
+template <class E>
+struct Pack<E, 1> {
+  typedef E type __attribute__((vector_size(FD_REGISTER_BYTES)));
+  type r;
+};
+template <class E>
+constexpr int kPer = FD_REGISTER_BYTES / sizeof(E);  // lanes of a register
+
+template <class Result, class F, class P, class... Rest>
+FD_INLINE Result map(F f, const P& first, const Rest&... rest) {
+  if constexpr (requires { first.r; }) {
+    return Result{f(first.r, rest.r...)};
+  } else {
+    using Half = decltype(Result::lo);
+    return Result{map<Half>(f, first.lo, rest.lo...), map<Half>(f, first.hi, rest.hi...)};
+  }
+}
+
+template <class E, int n>
+FD_INLINE Pack<E, n> load_pack(const E* p) {
+  if constexpr (n == 1) {
+    Pack<E, 1> pack;
+    __builtin_memcpy(&pack.r, p, sizeof(pack.r));
+    return pack;
+  } else {
+    return {load_pack<E, n / 2>(p), load_pack<E, n / 2>(p + n / 2 * kPer<E>)};
+  }
+}
+
+template <class E, int n>
+FD_INLINE Pack<E, n> broadcast(E value) {
+  if constexpr (n == 1) {
+    return {value - typename Pack<E, 1>::type{}};
+  } else {
+    const auto half = broadcast<E, n / 2>(value);
+    return {half, half};
+  }
+}
 
 template <class T>
 struct Bits;
@@ -41,226 +83,280 @@ struct Bits<double> {
   static constexpr type magnitude = 0x7fffffffffffffffull, infinity = 0x7ff0000000000000ull;
 };
 
-// 16 lanes of 0 or all ones, as wide as the lanes of T.
-template <class T>
+// ---------------------------------------------------------------------------------------------------------------- masks
+
+// 16 m lanes of 0 or all ones, as wide as the lanes of T.
+template <class T, int m = 1>
 struct Mask {
   using U = typename Bits<T>::type;
-  static constexpr int per = FD_REGISTER_BYTES / sizeof(U), count = kLanes / per;
-  using R = typename Register<U, FD_REGISTER_BYTES>::type;
-  R r[count];
+  static constexpr int n = m * kLanes / kPer<U>;
+  using R = typename Pack<U, 1>::type;
+  Pack<U, n> bits;
 
-  static Mask of(const uint8_t* bytes) {  // [16], 0 or not
-    Mask m;
-    for (int i = 0; i < count; ++i) {
-      typedef uint8_t Bytes __attribute__((vector_size(per)));
-      Bytes b;
-      __builtin_memcpy(&b, bytes + i * per, sizeof(b));
-      m.r[i] = (R)(__builtin_convertvector(b, R) != 0);
+  static FD_INLINE Mask all() { return {broadcast<U, n>(~U{0})}; }
+  static FD_INLINE Mask of(const uint8_t* bytes) { return {of_bytes<n>(bytes)}; }  // [16 m], 0 or not
+  friend FD_INLINE Mask operator&(const Mask& a, const Mask& b) {
+    return {map<Pack<U, n>>([](R x, R y) { return x & y; }, a.bits, b.bits)};
+  }
+  friend FD_INLINE Mask operator~(const Mask& a) {
+    return {map<Pack<U, n>>([](R x) { return ~x; }, a.bits)};
+  }
+
+ private:
+  template <int count>
+  static FD_INLINE Pack<U, count> of_bytes(const uint8_t* bytes) {
+    if constexpr (count > 1) {
+      return {of_bytes<count / 2>(bytes), of_bytes<count / 2>(bytes + count / 2 * kPer<U>)};
+    } else {
+      return {(R)(widened(bytes) != 0)};
     }
-    return m;
   }
-  static Mask all() {
-    Mask m;
-    for (int i = 0; i < count; ++i) m.r[i] = ~R{};
-    return m;
-  }
-  friend Mask operator&(Mask a, Mask b) {
-    for (int i = 0; i < count; ++i) a.r[i] &= b.r[i];
-    return a;
-  }
-  friend Mask operator~(Mask a) {
-    for (int i = 0; i < count; ++i) a.r[i] = ~a.r[i];
-    return a;
-  }
-};
-
-template <class T>
-struct Lanes {
-  using U = typename Bits<T>::type;
-  static constexpr int per = FD_REGISTER_BYTES / sizeof(T), count = kLanes / per;
-  using R = typename Register<T, FD_REGISTER_BYTES>::type;
-  using RU = typename Register<U, FD_REGISTER_BYTES>::type;
-  R r[count];
-
-  static Lanes all(T v) {
-    Lanes l;
-    for (int i = 0; i < count; ++i) l.r[i] = v - R{};
-    return l;
-  }
-  friend Lanes operator+(Lanes a, Lanes b) {
-    for (int i = 0; i < count; ++i) a.r[i] += b.r[i];
-    return a;
-  }
-  friend Lanes operator-(Lanes a, Lanes b) {
-    for (int i = 0; i < count; ++i) a.r[i] -= b.r[i];
-    return a;
-  }
-  friend Lanes operator*(Lanes a, Lanes b) {
-    for (int i = 0; i < count; ++i) a.r[i] *= b.r[i];
-    return a;
-  }
-  Lanes abs() const {
-    Lanes l;
-    for (int i = 0; i < count; ++i) l.r[i] = (R)((RU)r[i] & Bits<T>::magnitude);
-    return l;
-  }
-  Mask<T> finite() const {
-    Mask<T> m;
-    for (int i = 0; i < count; ++i) m.r[i] = (RU)(((RU)r[i] & Bits<T>::magnitude) < Bits<T>::infinity);
-    return m;
-  }
-  Lanes where(Mask<T> m) const {  // 0 off the mask
-    Lanes l;
-    for (int i = 0; i < count; ++i) l.r[i] = (R)((RU)r[i] & m.r[i]);
-    return l;
+  static FD_INLINE R widened(const uint8_t* bytes) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(U) == 4)
+      return (R)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    else
+      return (R)_mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(U) == 4) return (R)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+    int four;
+    __builtin_memcpy(&four, bytes, sizeof(four));
+    return (R)_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+#else
+    R r;
+    for (int i = 0; i < kPer<U>; ++i) r[i] = bytes[i];
+    return r;
+#endif
   }
 };
 
 // How often each lane was on a mask.
-template <class T>
+template <class T, int m>
 struct Count {
-  Mask<T> lanes{};
+  using M = Mask<T, m>;
+  Pack<typename M::U, M::n> lanes = broadcast<typename M::U, M::n>(0);
 
-  void add(const Mask<T>& m) {
-    for (int i = 0; i < m.count; ++i) lanes.r[i] -= m.r[i];  // all ones is -1
+  FD_INLINE void add(const M& mask) {  // all ones is -1
+    lanes = map<decltype(lanes)>([](typename M::R x, typename M::R y) { return x - y; }, lanes, mask.bits);
   }
   int64_t total() const {
-    typename Bits<T>::type v[kLanes];
-    __builtin_memcpy(v, lanes.r, sizeof(v));
-    int64_t n = 0;
-    for (int i = 0; i < kLanes; ++i) n += static_cast<int64_t>(v[i]);
-    return n;
+    typename M::U v[m * kLanes];
+    __builtin_memcpy(v, &lanes, sizeof(v));
+    int64_t sum = 0;
+    for (int i = 0; i < m * kLanes; ++i) sum += static_cast<int64_t>(v[i]);
+    return sum;
   }
 };
+
+// --------------------------------------------------------------------------------------------------------------- numbers
+
+// 16 m lanes.
+template <class T, int m = 1>
+struct Lanes {
+  using U = typename Bits<T>::type;
+  static constexpr int n = m * kLanes / kPer<T>;
+  using P = Pack<T, n>;
+  using R = typename Pack<T, 1>::type;
+  using RU = typename Pack<U, 1>::type;
+  P v;
+
+  static FD_INLINE Lanes all(T value) { return {broadcast<T, n>(value)}; }
+  friend FD_INLINE Lanes operator+(const Lanes& a, const Lanes& b) {
+    return {map<P>([](R x, R y) { return x + y; }, a.v, b.v)};
+  }
+  friend FD_INLINE Lanes operator-(const Lanes& a, const Lanes& b) {
+    return {map<P>([](R x, R y) { return x - y; }, a.v, b.v)};
+  }
+  friend FD_INLINE Lanes operator*(const Lanes& a, const Lanes& b) {
+    return {map<P>([](R x, R y) { return x * y; }, a.v, b.v)};
+  }
+  FD_INLINE Lanes abs() const {
+    return {map<P>([](R x) { return (R)((RU)x & Bits<T>::magnitude); }, v)};
+  }
+  FD_INLINE Mask<T, m> finite() const {
+    return {map<Pack<U, n>>([](R x) { return (RU)(((RU)x & Bits<T>::magnitude) < Bits<T>::infinity); }, v)};
+  }
+  FD_INLINE Lanes where(const Mask<T, m>& mask) const {  // 0 off the mask
+    return {map<P>([](R x, RU bits) { return (R)((RU)x & bits); }, v, mask.bits)};
+  }
+};
+
+// The sum of the halves of 32 lanes; 16 lanes as they are.
+template <class T>
+FD_INLINE Lanes<T> fold(const Lanes<T>& v) {
+  return v;
+}
+template <class T>
+FD_INLINE Lanes<T> fold(const Lanes<T, 2>& v) {
+  return Lanes<T>{v.v.lo} + Lanes<T>{v.v.hi};
+}
+
+FD_INLINE Lanes<double> widen(const Lanes<double>& v) { return v; }
+
+template <int n>
+FD_INLINE Pack<double, 2 * n> widen(const Pack<float, n>& v) {
+  if constexpr (n > 1) {
+    return {widen(v.lo), widen(v.hi)};
+  } else {
+    using R = typename Pack<double, 1>::type;
+#if defined(__AVX512F__)
+    const __m512 r = (__m512)v.r;
+    return {{(R)_mm512_cvtps_pd(_mm512_castps512_ps256(r))}, {(R)_mm512_cvtps_pd(_mm512_extractf32x8_ps(r, 1))}};
+#elif defined(__AVX2__)
+    const __m256 r = (__m256)v.r;
+    return {{(R)_mm256_cvtps_pd(_mm256_castps256_ps128(r))}, {(R)_mm256_cvtps_pd(_mm256_extractf128_ps(r, 1))}};
+#elif defined(__x86_64__)
+    const __m128 r = (__m128)v.r;
+    return {{(R)_mm_cvtps_pd(r)}, {(R)_mm_cvtps_pd(_mm_movehl_ps(r, r))}};
+#else
+    return {{R{v.r[0], v.r[1]}}, {R{v.r[2], v.r[3]}}};
+#endif
+  }
+}
+FD_INLINE Lanes<double> widen(const Lanes<float>& v) { return {widen(v.v)}; }
 
 // Sums in float64, lane by lane; total() adds the lanes in a fixed order.
 struct Sum {
   Lanes<double> lanes = Lanes<double>::all(0.0);
 
-  void add(const Lanes<double>& v) { lanes = lanes + v; }
-  void add(const Lanes<float>& v) { add(widen(v)); }
-
-  static Lanes<double> widen(const Lanes<float>& v) {
-    Lanes<double> wide;
-    constexpr int half = Lanes<double>::per;
-    typedef float Half __attribute__((vector_size(half * sizeof(float))));
-    for (int i = 0; i < Lanes<double>::count; ++i) {
-      Half h;
-      __builtin_memcpy(&h, reinterpret_cast<const char*>(v.r) + i * sizeof(h), sizeof(h));
-      wide.r[i] = __builtin_convertvector(h, typename Lanes<double>::R);
-    }
-    return wide;
+  template <class T>
+  FD_INLINE void add(const Lanes<T>& v) {
+    lanes = lanes + widen(v);
+  }
+  template <class T>
+  FD_INLINE void add(const Lanes<T, 2>& v) {
+    add(Lanes<T>{v.v.lo});
+    add(Lanes<T>{v.v.hi});
+  }
+  template <class T>
+  FD_INLINE void add_square(const Lanes<T>& v) {
+    const Lanes<double> wide = widen(v);
+    lanes = lanes + wide * wide;
+  }
+  template <class T>
+  FD_INLINE void add_square(const Lanes<T, 2>& v) {
+    add_square(Lanes<T>{v.v.lo});
+    add_square(Lanes<T>{v.v.hi});
   }
   double total() const {
     double v[kLanes];
-    __builtin_memcpy(v, lanes.r, sizeof(v));
+    __builtin_memcpy(v, &lanes, sizeof(v));
     for (int step = kLanes / 2; step > 0; step /= 2)
       for (int i = 0; i < step; ++i) v[i] += v[i + step];
     return v[0];
   }
 };
 
-inline Lanes<double> widen(const Lanes<double>& v) { return v; }
-inline Lanes<double> widen(const Lanes<float>& v) { return Sum::widen(v); }
+// ------------------------------------------------------------------------------------------------------ loads and stores
 
-// ---------------------------------------------------------------------------------------------------- loads and stores
-
-template <class T>
-inline Lanes<T> load(const T* p) {
-  Lanes<T> l;
-  __builtin_memcpy(l.r, p, sizeof(l.r));
-  return l;
-}
-
-inline Lanes<float> load(const bfloat16* p) {
-  Lanes<float> l;
-  typedef uint16_t Narrow __attribute__((vector_size(FD_REGISTER_BYTES / 2)));
-  for (int i = 0; i < l.count; ++i) {
-    Narrow n;
-    __builtin_memcpy(&n, p + i * l.per, sizeof(n));
-    l.r[i] = (Lanes<float>::R)(__builtin_convertvector(n, Lanes<float>::RU) << 16);
-  }
-  return l;
-}
-
-inline Lanes<float> load(const float16* p) {
-  Lanes<float> l;
-#if defined(__AVX512F__)
-  l.r[0] = (Lanes<float>::R)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
-  for (int i = 0; i < 2; ++i)
-    l.r[i] = (Lanes<float>::R)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i)));
-#else
-  float v[kLanes];
-  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
-  __builtin_memcpy(l.r, v, sizeof(v));
-#endif
-  return l;
-}
-
-// Whether a streaming store can go to p: past the caches, so that the line is not read first.
-inline bool can_stream(const void* p) {
-#if defined(__x86_64__)
-  return reinterpret_cast<uintptr_t>(p) % 64 == 0;
-#else
-  (void)p;
-  return false;
-#endif
-}
-
+// A register to memory; past the caches (so that the line is not read first) where `stream` and the address allow it.
 template <class R>
-inline void write(void* p, const R& value, bool stream) {
+FD_INLINE void write(void* p, const R& value, bool stream) {
 #if defined(__x86_64__)
   if (stream) {
-    if constexpr (sizeof(R) == 16) {
-      _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)value);
-    }
+    if constexpr (sizeof(R) == 16) _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)value);
 #if defined(__AVX2__)
     if constexpr (sizeof(R) == 32) _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)value);
 #endif
 #if defined(__AVX512F__)
     if constexpr (sizeof(R) == 64) _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)value);
 #endif
-    if constexpr (sizeof(R) >= 16) return;
+    return;
   }
 #endif
+  (void)stream;
   __builtin_memcpy(p, &value, sizeof(value));
 }
 
-template <class T>
-inline void store(T* p, const Lanes<T>& l, bool stream) {
-  for (int i = 0; i < l.count; ++i) write(p + i * l.per, l.r[i], stream);
-}
-
-inline void store(bfloat16* p, const Lanes<float>& l, bool stream) {
-  typedef uint16_t Narrow __attribute__((vector_size(FD_REGISTER_BYTES / 2)));
-  for (int i = 0; i < l.count; ++i) {
-    using RU = Lanes<float>::RU;
-    const RU u = (RU)l.r[i];
-    const RU nan = (RU)((u & 0x7fffffffu) > 0x7f800000u);
-    const RU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const RU kept = (u >> 16) | 0x40u;  // a NaN must not round to infinity
-    write(p + i * l.per, __builtin_convertvector((rounded & ~nan) | (kept & nan), Narrow), stream);
-  }
-}
-
-inline void store(float16* p, const Lanes<float>& l, bool stream) {
-#if defined(__AVX512F__)
-  write(p, _mm512_cvtps_ph((__m512)l.r[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), stream);
-#elif defined(__F16C__)
-  for (int i = 0; i < 2; ++i)
-    write(p + 8 * i, _mm256_cvtps_ph((__m256)l.r[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), stream);
-#else
-  (void)stream;
-  float v[kLanes];
-  __builtin_memcpy(v, l.r, sizeof(v));
-  for (int i = 0; i < kLanes; ++i) p[i] = to_float16(v[i]);
+FD_INLINE void fence_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
 #endif
 }
 
-inline void fence_streams() {
-#if defined(__x86_64__)
-  _mm_sfence();
+template <class T>
+FD_INLINE Lanes<T> load(const T* p) {
+  return {load_pack<T, Lanes<T>::n>(p)};
+}
+
+template <class T, int n>
+FD_INLINE void store_pack(T* p, const Pack<T, n>& v, bool stream) {
+  if constexpr (n == 1) {
+    write(p, v.r, stream);
+  } else {
+    store_pack(p, v.lo, stream);
+    store_pack(p + n / 2 * kPer<T>, v.hi, stream);
+  }
+}
+
+template <bool any, class T>
+FD_INLINE void store(T* p, const Lanes<T>& l, bool stream) {
+  store_pack(p, l.v, stream);
+}
+
+// Where no instruction converts a whole register of 16-bit floats.
+template <class Half>
+FD_INLINE Lanes<float> load_one_by_one(const Half* p) {
+  float v[kLanes];
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return load(v);
+}
+
+// 32 bfloat16 are the upper halves of 32 float32: lanes 0 to 15 are those at even positions, the others those at odd ones,
+// so that a shift and a mask take the place of conversions.
+FD_INLINE Lanes<float, 2> load(const bfloat16* p) {
+  using L = Lanes<float, 2>;
+  const auto pairs = load_pack<uint32_t, L::n / 2>(reinterpret_cast<const uint32_t*>(p));
+  using P = decltype(L::P::lo);
+  return {{map<P>([](L::RU u) { return (L::R)(u << 16); }, pairs), map<P>([](L::RU u) { return (L::R)(u & 0xffff0000u); }, pairs)}};
+}
+
+FD_INLINE Lanes<float> load(const float16* p) {
+#if defined(__AVX512F__)
+  return {{(Lanes<float>::R)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}};
+#elif defined(__F16C__)
+  const auto part = [](const float16* from) __attribute__((always_inline)) {
+    return (Lanes<float>::R)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  };
+  return {{{part(p)}, {part(p + 8)}}};
+#else
+  return load_one_by_one(p);
+#endif
+}
+
+// Bits of float32 whose upper half is the bfloat16, rounded to nearest even; with `any` a NaN stays one.
+template <bool any, class RU>
+FD_INLINE RU round_to_bfloat16(RU u) {
+  const RU rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  if constexpr (!any) return rounded;
+  const RU nan = (RU)((u & 0x7fffffffu) > 0x7f800000u);
+  return (rounded & ~nan) | ((u | 0x400000u) & nan);
+}
+
+// any: whether there may be a NaN, which the plain rounding would turn into an infinity.
+template <bool any>
+FD_INLINE void store(bfloat16* p, const Lanes<float, 2>& l, bool stream) {
+  using RU = Lanes<float>::RU;
+  const auto pairs = map<Pack<uint32_t, l.n / 2>>(
+      [](auto even, auto odd) {
+        return (round_to_bfloat16<any>((RU)even) >> 16) | (round_to_bfloat16<any>((RU)odd) & 0xffff0000u);
+      },
+      l.v.lo, l.v.hi);
+  store_pack(reinterpret_cast<uint32_t*>(p), pairs, stream);
+}
+
+template <bool any>
+FD_INLINE void store(float16* p, const Lanes<float>& l, bool stream) {
+#if defined(__AVX512F__)
+  write(p, _mm512_cvtps_ph((__m512)l.v.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), stream);
+#elif defined(__F16C__)
+  write(p, _mm256_cvtps_ph((__m256)l.v.lo.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), stream);
+  write(p + 8, _mm256_cvtps_ph((__m256)l.v.hi.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), stream);
+#else
+  (void)stream;
+  float v[kLanes];
+  __builtin_memcpy(v, &l, sizeof(v));
+  for (int i = 0; i < kLanes; ++i) p[i] = to_float16(v[i]);
 #endif
 }
 
