@@ -1,5 +1,7 @@
 """Fused kernels for diffusion distillation with f-divergences (f-distill, arXiv 2502.15681)."""
 
+from typing import Any
+
 from . import reference
 from ._native import build_info
 from .backends import available_backends, empty_cache, set_backend, use_backend
@@ -39,6 +41,15 @@ __all__ = [
     "score_difference",
     "score_identity_loss",
     "set_backend",
+    "testing",
     "to_x0",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "testing":  # for those who test kernels; nobody else pays for importing it
+        import importlib
+
+        return importlib.import_module("fdistill_ops.testing")
+    raise AttributeError(f"module 'fdistill_ops' has no attribute {name!r}")

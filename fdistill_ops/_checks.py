@@ -72,8 +72,8 @@ def number(value: Any, name: str, *, low: float = -math.inf, finite: bool = True
         result = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
-    if math.isnan(result) or (finite and math.isinf(result)):
-        raise ValueError(f"{name} must be finite, got {value!r}")
+    if not (-math.inf < result < math.inf if finite else -math.inf <= result <= math.inf):  # comparisons alone trace
+        raise ValueError(f"{name} must be {'finite' if finite else 'a number'}, got {value!r}")
     if result < low:
         raise ValueError(f"{name} must be at least {low:g}, got {value!r}")
     return result
@@ -231,7 +231,8 @@ def f_weights(
         if t is None:
             raise ValueError("t is missing: a histogram needs the time of every sample")
         _same_device(bins, "histogram", logits, "logits")
-        min_t, max_t, ema_rate = histogram.min_t, histogram.max_t, histogram.ema_rate
+        min_t, max_t = histogram.min_t, histogram.max_t
+        ema_rate = histogram.ema_rate if histogram.training else 1.0  # in eval mode this batch plays no part
     params = WeightParams(
         divergence.kind if divergence.kind is not None else -1,
         divergence.a if divergence.a is not None else 0.0,
@@ -272,8 +273,8 @@ def no_weight(loss_arguments: dict[str, Any]) -> None:
         raise ValueError("weight: f_distill_loss computes the weight from the logits; leave it out")
 
 
-def same_batch(logits: Tensor, x: Any) -> None:
-    if logits.shape[0] != floating(x, "x").shape[:1].numel():
+def same_batch(logits: Tensor, x: Tensor) -> None:
+    if logits.shape[0] != x.shape[0]:
         raise ValueError(f"logits has {logits.shape[0]} samples, but x has shape {tuple(x.shape)}")
     _same_device(logits, "logits", x, "x")
 
@@ -286,8 +287,15 @@ def out(out: Any, x: Tensor, *inputs: Tensor | None) -> None:
     _same_device(out, "out", x, "x")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out requires grad: pass out.detach()")
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError("out has elements that share memory (an expanded tensor)")
+    if out.is_neg():
+        raise ValueError("out is a lazily negated view: pass a tensor of its own")
+    reach = 0
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(f"out has elements that share memory: shape {tuple(out.shape)}, strides {out.stride()}")
+        reach += (size - 1) * stride
+    if torch.compiler.is_compiling():  # g is then computed first and copied
+        return
     storage = out.untyped_storage().data_ptr() if out.numel() else 0
     for value in (x, *inputs):
         if value is None or not value.numel() or value.untyped_storage().data_ptr() != storage:

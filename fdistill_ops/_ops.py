@@ -7,6 +7,7 @@ Eager calls on plain tensors go from the public function straight to the back en
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,16 +15,13 @@ import torch
 from torch import Tensor
 
 from . import backends
+from ._autograd import refuse_double_backward
 from ._checks import OptionalTensors
 from .params import REDUCTIONS, LossParams, WeightParams, schema
 from .stats import FIELDS
 
-_DOUBLE_BACKWARD = (
-    "fdistill_ops: the losses are differentiable once; their gradient is a constant (the score difference), "
-    "so a second derivative through it (create_graph=True) is not defined"
-)
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_SUM, _SAMPLE = REDUCTIONS["sum"], REDUCTIONS["sample"]
+_SAMPLE = REDUCTIONS["sample"]
 _keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -46,7 +44,15 @@ class _Attach(torch.autograd.Function):
     """Gives a computed loss the gradients computed with it: ``inputs`` are the tensors they belong to."""
 
     @staticmethod
-    def forward(ctx: Any, loss: tuple[Tensor], gradients: Sequence[Tensor], scale: Tensor | None, *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        backend: Any,
+        loss: tuple[Tensor],
+        gradients: Sequence[Tensor],
+        scale: Tensor | None,
+        *inputs: Tensor,
+    ) -> Tensor:
+        ctx.backend, ctx.inputs = backend, [weakref.ref(tensor) for tensor in inputs]
         ctx.save_for_backward(scale, *gradients)
         return loss[0]
 
@@ -56,20 +62,24 @@ class _Attach(torch.autograd.Function):
         twice = torch.is_grad_enabled()
         with torch.no_grad():
             keep = twice or _keep_graph()
-            scaled = [backends.scale_gradient(gradient, scale, upstream, keep) for gradient in gradients]
+            gradients = [ctx.backend.scale_gradient(gradient, scale, upstream, keep) for gradient in gradients]
         if twice:
-            scaled = _refuse_double_backward(scaled)
-        return (None, None, None, *scaled)
+            gradients = refuse_double_backward(gradients, ctx.inputs)
+        return (None, None, None, None, *gradients)
 
 
-def _refuse_double_backward(gradients: list[Tensor]) -> list[Tensor]:
-    error = torch._C._functions.DelayedError(_DOUBLE_BACKWARD.encode(), len(gradients))
-    result = error(*[gradient.detach().requires_grad_() for gradient in gradients])
-    return [result] if isinstance(result, Tensor) else list(result)
-
-
-def _rows(scale: Tensor, gradient: Tensor) -> Tensor:
-    return scale.reshape(scale.shape + (1,) * (gradient.ndim - 1)) if scale.ndim == 1 and scale.numel() != 1 else scale
+def _scaled(gradient: Tensor, scale: Tensor, upstream: Tensor | None) -> Tensor:
+    """gradient * scale * upstream: scale is [B] for float16 gradients and plays no part for others, upstream is 0-dimensional
+    or [B]."""
+    if gradient.dtype == torch.float16:
+        factor = scale if upstream is None else upstream * scale
+    elif upstream is None:
+        return gradient
+    else:
+        factor = upstream
+    if factor.ndim == 1:
+        factor = factor.reshape(factor.shape + (1,) * (gradient.ndim - 1))
+    return (gradient * factor).to(gradient.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
@@ -77,7 +87,7 @@ def _rows(scale: Tensor, gradient: Tensor) -> Tensor:
 _lib = torch.library.Library("fdistill", "DEF")
 _TENSORS = (
     "Tensor? weight, Tensor? teacher_uncond, Tensor? guidance, Tensor? mask, "
-    "Tensor? x_t, Tensor? alpha, Tensor? sigma, Tensor? normalizer"
+    "Tensor? x_t, Tensor? alpha, Tensor? sigma, Tensor? normalizer_rows"
 )
 _N_TENSORS, _N_LOSS, _N_WEIGHT = 8, len(LossParams._fields), len(WeightParams._fields)
 
@@ -99,8 +109,7 @@ def _register_autograd(name: str, n_inputs: int, gradients: slice, inputs: Seque
         result: list[Tensor | None] = [None] * n_inputs
         for index, gradient in zip(inputs, saved, strict=True):
             if ctx.needs_input_grad[index]:
-                factor = upstream * scale if scale.numel() and gradient.dtype == torch.float16 else upstream
-                result[index] = (gradient * _rows(factor, gradient)).to(gradient.dtype)
+                result[index] = _scaled(gradient, scale, upstream)
         return tuple(result)
 
     torch.library.register_autograd(f"fdistill::{name}", backward, setup_context=setup_context, lib=_lib)
@@ -130,8 +139,7 @@ def _fake_loss(
     per_sample = params.reduction == _SAMPLE
     loss = x.new_empty(x.shape[:1] if per_sample else (), dtype=dtype)
     half = any(tensor is not None and tensor.dtype == torch.float16 for tensor in gradients)
-    scaled = half and params.reduction != _SUM
-    scale = x.new_empty(x.shape[0] if per_sample else 1, dtype=dtype) if scaled else x.new_empty(0)
+    scale = x.new_empty(x.shape[0], dtype=dtype) if half else x.new_empty(0)
     stats = x.new_empty(len(FIELDS), dtype=dtype) if params.need_stats else x.new_empty(0)
     saved = [x.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in gradients]
     return loss, saved, scale, stats
@@ -207,10 +215,9 @@ def distribution_matching(
             x, teacher, fake, *tensors, *params, need_grad or _functorch_level() is not None
         )
         return loss, stats
-    loss, gradient, scale, stats = backends.select(x.device).distribution_matching(
-        x, teacher, fake, tensors, params, need_grad
-    )
-    return (_Attach.apply((loss,), (gradient,), scale, x) if need_grad else loss), stats
+    backend = backends.select(x.device)
+    loss, gradient, scale, stats = backend.distribution_matching(x, teacher, fake, tensors, params, need_grad)
+    return (_Attach.apply(backend, (loss,), (gradient,), scale, x) if need_grad else loss), stats
 
 
 def difference(
@@ -219,9 +226,10 @@ def difference(
     """g itself: the gradient of the sum."""
     if _traced(x):
         with torch.no_grad():
-            _, g, _, _ = torch.ops.fdistill.distribution_matching(x, teacher, fake, *tensors, *params, True)
+            _, g, scale, _ = torch.ops.fdistill.distribution_matching(x, teacher, fake, *tensors, *params, True)
+            g = _scaled(g, scale, None)
             return g if out is None else out.copy_(g)
-    return backends.select(x.device).distribution_matching(x, teacher, fake, tensors, params, True, out)[1]
+    return backends.select(x.device).difference(x, teacher, fake, tensors, params, out)
 
 
 def _detached(tensors: OptionalTensors) -> OptionalTensors:
@@ -286,10 +294,11 @@ def f_distill(
             need_grad or _functorch_level() is not None,
         )
         return loss, stats, bins
-    loss, gradient, scale, stats, bins = backends.select(x.device).f_distill(
+    backend = backends.select(x.device)
+    loss, gradient, scale, stats, bins = backend.f_distill(
         x, teacher, fake, logits, t, bins, tensors, weight_params, params, need_grad
     )
-    return (_Attach.apply((loss,), (gradient,), scale, x) if need_grad else loss), stats, bins
+    return (_Attach.apply(backend, (loss,), (gradient,), scale, x) if need_grad else loss), stats, bins
 
 
 # score identity -------------------------------------------------------------------------------------------------------
@@ -313,7 +322,7 @@ def _score_identity_fake(
 
 _define(
     "score_identity",
-    "Tensor x, Tensor teacher, Tensor fake, Tensor? weight, Tensor? mask, Tensor? normalizer, "
+    "Tensor x, Tensor teacher, Tensor fake, Tensor? weight, Tensor? mask, Tensor? normalizer_rows, "
     f"{schema(LossParams)}, bool need_x, bool need_teacher, bool need_fake",
     "Tensor loss, Tensor d_x, Tensor d_teacher, Tensor d_fake, Tensor gradient_scale, Tensor stats",
     _score_identity,
@@ -341,10 +350,9 @@ def score_identity(
         weight, mask, normalizer = (v if v is None else v.detach() for v in (weight, mask, normalizer))
         outputs = torch.ops.fdistill.score_identity(*inputs, weight, mask, normalizer, *params, *need_grads)
         return outputs[0], outputs[5]
-    loss, *gradients, scale, stats = backends.select(x.device).score_identity(
-        *inputs, weight, mask, normalizer, params, need_grads
-    )
+    backend = backends.select(x.device)
+    loss, *gradients, scale, stats = backend.score_identity(*inputs, weight, mask, normalizer, params, need_grads)
     if any(need_grads):
         wanted = [i for i in range(3) if need_grads[i]]
-        loss = _Attach.apply((loss,), [gradients[i] for i in wanted], scale, *[inputs[i] for i in wanted])
+        loss = _Attach.apply(backend, (loss,), [gradients[i] for i in wanted], scale, *[inputs[i] for i in wanted])
     return loss, stats

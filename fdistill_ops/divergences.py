@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 ScalarMap = Callable[[Tensor], Tensor]
+_ALPHA_KIND = 8
 
 
 class Divergence:
@@ -92,7 +93,7 @@ def _alpha(a: float) -> Divergence:
         h=lambda r: r**a,
         log_h=lambda log_r: a * log_r,
         h_from_log=lambda log_r: torch.exp(a * log_r),
-        kind=8,
+        kind=_ALPHA_KIND,
         a=a,
     )
 
@@ -162,7 +163,7 @@ _TABLE: tuple[tuple[tuple[str, ...], Divergence], ...] = (
             "jeffreys",
             f=lambda r: (r - 1) * r.log(),
             h=lambda r: r + 1,
-            log_h=lambda log_r: softplus(log_r),
+            log_h=lambda log_r: softplus(log_r, threshold=40.0),
             h_from_log=lambda log_r: torch.exp(log_r) + 1,
             kind=5,
         ),
@@ -212,6 +213,12 @@ def _add(divergence: Divergence, aliases: Iterable[str]) -> None:
 for _names, _divergence in _TABLE:
     _add(_divergence, _names)
 
+def _likeness(key: str, alias: str) -> float:
+    """Of a mistyped name to a known one, or to its first word."""
+    first = alias.split("_")[0]
+    return max(difflib.SequenceMatcher(None, key, candidate).ratio() for candidate in (alias, first))
+
+
 _ALPHA_SPELLING = re.compile(r"alpha\s*[:=(]\s*([^()]+?)\s*\)?$")
 
 
@@ -229,7 +236,7 @@ def get_divergence(name: str | Divergence, a: float | None = None) -> Divergence
             divergence that has no parameter.
     """
     if isinstance(name, Divergence):
-        if a is None or name.kind == 8:
+        if a is None or name.kind == _ALPHA_KIND:
             return name if a is None else _alpha(_finite_parameter(a))
         raise ValueError(f"a: divergence {name.name!r} has no parameter")
     found = _registry.get(name) if type(name) is str else None
@@ -244,18 +251,18 @@ def get_divergence(name: str | Divergence, a: float | None = None) -> Divergence
             raise ValueError(f"a: given twice, by divergence={name!r} and a={a!r}")
         return _alpha(_finite_parameter(spelled.group(1)))
     if key not in _aliases:
-        nearest = difflib.get_close_matches(key, _aliases, n=1, cutoff=0.4)
-        hint = f"; did you mean {_aliases[nearest[0]]!r}?" if nearest else ""
+        nearest = max(_aliases, key=lambda alias: _likeness(key, alias))
+        hint = f"; did you mean {_aliases[nearest]!r}?"
         known = ", ".join(
             f"{canonical} ({', '.join(short)})" if short else canonical
             for canonical in _registry
-            if (short := [k for k, v in _aliases.items() if v == canonical and k != _normalized(canonical)]) or True
+            for short in [[k for k, v in _aliases.items() if v == canonical and k != _normalized(canonical)]]
         )
         raise ValueError(f"divergence: {name!r} is unknown{hint} Known: {known}")
     found = _registry[_aliases[key]]
     if a is None:
         return found
-    if found.kind != 8:
+    if found.kind != _ALPHA_KIND:
         raise ValueError(f"a: divergence {found.name!r} has no parameter")
     return _alpha(_finite_parameter(a))
 

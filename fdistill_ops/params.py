@@ -11,8 +11,6 @@ from typing import NamedTuple, get_type_hints
 PREDICTIONS = {"x0": 0, "eps": 1, "v": 2, "flow": 3, "score": 4}
 REDUCTIONS = {"mean": 0, "sum": 1, "sample": 2}
 NORMALIZERS = {None: 0, "mean_abs": 1, "tensor": 2}
-LOG_RATIO_KIND = -1
-"""A pseudo divergence whose h is the log-ratio itself: how a registered divergence gets its argument from a kernel."""
 
 
 class WeightParams(NamedTuple):

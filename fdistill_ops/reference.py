@@ -6,6 +6,8 @@ float64 where an input is; scalars of a sample (ratios, weights, normalisers) ar
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from . import _checks
+from ._autograd import refuse_double_backward
 from .divergences import Divergence
 from .params import NORMALIZERS, PREDICTIONS, REDUCTIONS, LossParams, WeightParams
 from .predictions import rows_like, to_x0, x0_coefficients
@@ -357,7 +360,7 @@ def _reduced(
     given tensor is the gradient given with it over that number, on the mask, and 0 elsewhere. And the statistics."""
     weight, mask = tensors[0], tensors[3]
     on = torch.ones_like(terms, dtype=torch.bool) if mask is None else mask
-    flat = (x.shape[0], x[0].numel() if len(x) else 0)
+    flat = (x.shape[0], math.prod(x.shape[1:]))
     per_sample = torch.where(on, terms, 0.0).reshape(flat).double().sum(1)
     counts = on.reshape(flat).sum(1)
     if params.reduction == _SAMPLE:
@@ -401,18 +404,23 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, derivatives: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.dtypes = [tensor.dtype for tensor in inputs]
+        ctx.dtypes, ctx.inputs = [tensor.dtype for tensor in inputs], [weakref.ref(tensor) for tensor in inputs]
         ctx.save_for_backward(*derivatives)
         return value.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        results = [
-            (rows_like(upstream, d) * d).to(dtype) if needed else None
-            for d, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
-        ]
-        return (None, None, *results)
+        needed = ctx.needs_input_grad[2:]
+        with torch.no_grad():
+            results = [
+                (rows_like(upstream, d) * d).to(dtype)
+                for d, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, needed, strict=True)
+                if need
+            ]
+        if torch.is_grad_enabled():
+            results = refuse_double_backward(results, ctx.inputs)
+        remaining = iter(results)
+        return (None, None, *(next(remaining) if need else None for need in needed))
 
 
 # ----------------------------------------------------------------------------------------------------------------- GAN
@@ -431,4 +439,4 @@ def gan_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def _mean_softplus(logits: Tensor, name: str, sign: float) -> Tensor:
     _checks.floating(logits, name)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return softplus(sign * logits).sum() / max(logits.numel(), 1)
+    return softplus(sign * logits, threshold=40.0).sum() / max(logits.numel(), 1)  # linear where it is exactly so

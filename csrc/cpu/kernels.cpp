@@ -106,6 +106,24 @@ double distance(const Block<T>& b) {
   return converted ? distance_of<T, false, true>(b) : distance_of<T, false, false>(b);
 }
 
+// max |k (fake - teacher)| over the finite ones; with x also of |k| |x - teacher| and of the factors of the score identity.
+template <class T>
+double largest(const Block<T>& block) {
+  using V = typename Group<T>::V;
+  const Block<T> b = block;
+  const V factor = V::all(1) + V::all(2 * b.identity_alpha).abs();
+  V most = V::all(0);
+  for_each_group(b, nullptr, [&](int64_t i, int valid) __attribute__((always_inline)) {
+    const Group<T> group{b, i, valid};
+    const V t = b.uncond == nullptr ? group.template teacher<false>() : group.template teacher<true>();
+    const V k = group.row(b.k_rows, b.k);
+    V bound = (k * (group.at(b.fake) - t)).abs();
+    if (b.x != nullptr) bound = bound * factor + (k * (group.at(b.x) - t)).abs();
+    most = larger(most, bound.where(bound.finite()));
+  });
+  return static_cast<double>(most.largest());
+}
+
 // g = k (fake - teacher),  k = w c / (n_b + eps); every element finite, no mask, no statistics. False where the sum of the
 // squares is not to be trusted: too large or too small for float32, or a g that is not finite.
 template <class T, bool guided>
@@ -216,7 +234,7 @@ void score_identity(const Block<T>& b, BlockSums& sums) {
 
 template <class T>
 constexpr TypedKernels<T> typed() {
-  return {distance<T>, score_difference<T>, score_identity<T>};
+  return {distance<T>, largest<T>, score_difference<T>, score_identity<T>};
 }
 
 #define FD_STRING_OF(name) #name

@@ -12,7 +12,7 @@ template <class T>
 struct Block {
   using C = compute_t<T>;
   int64_t n;
-  const T* x;         // [n]
+  const T* x;         // [n], or null
   const T* teacher;   // [n]
   const T* fake;      // [n]
   const T* uncond;    // [n], or null
@@ -41,9 +41,10 @@ struct BlockSums {
 
 template <class T>
 struct TypedKernels {
-  double (*distance)(const Block<T>&);                            // sum |x - T|
-  void (*score_difference)(const Block<T>&, BlockSums&);          // g, its sums, and d_x = g * inverse
-  void (*score_identity)(const Block<T>&, BlockSums&);            // terms, and the three derivatives * inverse
+  double (*distance)(const Block<T>&);                    // sum |x - T|
+  double (*largest)(const Block<T>&);                     // max |g| (score identity: a bound on all derivatives)
+  void (*score_difference)(const Block<T>&, BlockSums&);  // g, its sums, and d_x = g * inverse
+  void (*score_identity)(const Block<T>&, BlockSums&);    // terms, and the three derivatives * inverse
 };
 
 struct Kernels {

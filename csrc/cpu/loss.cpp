@@ -4,8 +4,9 @@
 // the caches wherever a sample fits there, and writes the gradient past them. Sums are kept per chunk of kChunk elements
 // and added in the order of the chunks, so that every number of threads gives the same bits.
 //
-// float16 gradients: g / count underflows where count is large, and a loss scale that comes with the incoming gradient would
-// come too late. They are stored times 2^k, k = floor(log2(count)), and gradient_scale = 2^-k is what backward multiplies by.
+// float16 gradients: g / count underflows where count is large or the weight small, and a loss scale that comes with the incoming
+// gradient would come too late. Sample b is stored times 2^k, with k such that its largest element nears float16's largest, and
+// gradient_scale[b] = 2^-k is what backward multiplies by. Only for them a pass over the sample finds that element first.
 #include "loss.h"
 
 #include <atomic>
@@ -52,7 +53,8 @@ class Loss {
         chunks_((layout.elements + kChunk - 1) / kChunk),
         sums_(layout.batch * chunks_),
         normalizers_(layout.batch, 1.0) {
-    if (call.params.normalizer == Normalizer::mean_abs) distances_.resize(sums_.size());
+    if (measures()) distances_.resize(sums_.size());
+    if (scales()) largest_.resize(sums_.size()), exponents_.resize(layout.batch);
     if (mask()) counts_.resize(sums_.size());
     int64_t bytes = 0;
     for (const int o : {kDx, kDTeacher, kDFake})
@@ -85,6 +87,7 @@ class Loss {
  private:
   bool mask() const { return static_cast<bool>(call_.operands[kMask]); }
   bool measures() const { return call_.params.normalizer == Normalizer::mean_abs; }
+  bool scales() const { return call_.gradient_scale != nullptr; }
   int64_t chunk_end(int64_t chunk) const { return std::min(layout_.elements, (chunk + 1) * kChunk); }
 
   template <class Task>
@@ -95,24 +98,24 @@ class Loss {
 
   // One thread, one sample. The second pass goes backwards: what was read last is in the caches still.
   void sample(int64_t b, Staging& staging) {
-    if (measures())
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk) distance(b, chunk, staging);
+    if (measures() || scales())
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk) measure(b, chunk, staging);
     const Scalars scalars = scalars_of(b);
     for (int64_t chunk = chunks_ - 1; chunk >= 0; --chunk) gradient(b, chunk, scalars, staging);
-    normalizers_[b] = scalars.n;
+    keep(b, scalars);
   }
 
   // All threads, one sample after the other, each thread on its part of the chunks.
   void share_samples(Team& team, Staging& staging) {
     const int64_t first = chunks_ * team.rank / team.size, last = chunks_ * (team.rank + 1) / team.size;
     for (int64_t b = 0; b < layout_.batch; ++b) {
-      if (measures()) {
-        for (int64_t chunk = first; chunk < last; ++chunk) distance(b, chunk, staging);
+      if (measures() || scales()) {
+        for (int64_t chunk = first; chunk < last; ++chunk) measure(b, chunk, staging);
         team.barrier();
       }
       const Scalars scalars = scalars_of(b);
       for (int64_t chunk = last - 1; chunk >= first; --chunk) gradient(b, chunk, scalars, staging);
-      if (team.rank == 0) normalizers_[b] = scalars.n;
+      if (team.rank == 0) keep(b, scalars);
     }
   }
 
@@ -133,10 +136,19 @@ class Loss {
     } else if (call_.params.normalizer == Normalizer::given) {
       s.n = element(call_.normalizer.data, call_.normalizer.dtype, b * call_.normalizer.stride(0));
     }
-    const int64_t count = divisor(b);
-    s.inverse = 1.0 / static_cast<double>(count);
-    s.exponent = exponent(count);
+    s.inverse = 1.0 / static_cast<double>(divisor(b));
+    if (scales()) {
+      double most = 0;
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk) most = std::max(most, largest_[b * chunks_ + chunk]);
+      most *= s.inverse / (s.n + call_.params.eps);
+      if (std::isfinite(most) && most > 0) s.exponent = std::clamp(14 - std::ilogb(most), -120, 120);
+    }
     return s;
+  }
+
+  void keep(int64_t b, const Scalars& scalars) {
+    normalizers_[b] = scalars.n;
+    if (scales()) exponents_[b] = scalars.exponent;
   }
 
   // The number of elements a loss is the mean over; at least 1.
@@ -151,8 +163,6 @@ class Loss {
       count = masked_;
     return std::max<int64_t>(count, 1);
   }
-
-  int exponent(int64_t count) const { return call_.gradient_scale == nullptr ? 0 : std::ilogb(static_cast<double>(count)); }
 
   int64_t masked_in(int64_t from, int64_t to) const {
     int64_t n = 0;
@@ -180,18 +190,25 @@ class Loss {
     masked_ += n;
   }
 
-  void distance(int64_t b, int64_t chunk, Staging& staging) {
-    double sum = 0;
+  // What a sample's scalars depend on: the distance of x from T, and the largest element of a float16 gradient.
+  void measure(int64_t b, int64_t chunk, Staging& staging) {
+    double sum = 0, most = 0;
     for_each_block(chunk, [&](int64_t at, int64_t n) {
       Block<T> block = block_of(b, at, n, staging);
-      block.x = values(kX, b, at, n, staging);
-      if (call_.operands[kXt]) {
-        block.x_t = values(kXt, b, at, n, staging);
-        coefficients(b, at, block, 0.0, staging);
+      coefficients(b, at, block, 1.0, staging);
+      if (scales()) {
+        block.fake = values(kFake, b, at, n, staging);
+        block.identity_alpha = static_cast<C>(call_.params.identity_alpha);
+        if (call_.score_identity) block.x = values(kX, b, at, n, staging);
+        most = std::max(most, kernels_.largest(block));
       }
+      if (!measures()) return;
+      block.x = values(kX, b, at, n, staging);
+      if (call_.operands[kXt]) block.x_t = values(kXt, b, at, n, staging);
       sum += kernels_.distance(block);
     });
-    distances_[b * chunks_ + chunk] = sum;
+    if (measures()) distances_[b * chunks_ + chunk] = sum;
+    if (scales()) largest_[b * chunks_ + chunk] = most;
   }
 
   void gradient(int64_t b, int64_t chunk, const Scalars& scalars, Staging& staging) {
@@ -402,14 +419,13 @@ class Loss {
       const int64_t count = divisor(b);
       put(call_.loss, b, sum / static_cast<double>(count));
       loss_mean += sum / static_cast<double>(count) / static_cast<double>(layout_.batch);
-      if (call_.gradient_scale != nullptr) put(call_.gradient_scale, b, std::ldexp(1.0, -exponent(count)));
     }
     if (!per_sample) {
       const int64_t count = divisor(0);
       loss_mean = total / static_cast<double>(count);
       put(call_.loss, 0, loss_mean);
-      if (call_.gradient_scale != nullptr) put(call_.gradient_scale, 0, std::ldexp(1.0, -exponent(count)));
     }
+    for (size_t b = 0; b < exponents_.size(); ++b) put(call_.gradient_scale, b, std::ldexp(1.0, -exponents_[b]));
     if (call_.stats != nullptr) statistics(loss_mean);
   }
 
@@ -467,7 +483,8 @@ class Loss {
   const LossLayout& layout_;
   const TypedKernels<T>& kernels_;
   const int64_t chunks_;
-  std::vector<double> distances_;
+  std::vector<double> distances_, largest_;
+  std::vector<int> exponents_;
   std::vector<int64_t> counts_;
   std::vector<BlockSums> sums_;
   std::vector<double> normalizers_;

@@ -34,7 +34,7 @@ struct LossCall {
   bool score_identity;
   bool wide;             // float64 inside and in the results; float32 otherwise
   void* loss;            // [] or [B] (Reduction::sample)
-  void* gradient_scale;  // [1] or [B] where a float16 gradient is stored scaled, else null; see loss.cpp
+  void* gradient_scale;  // [B] where float16 gradients are to be stored scaled, else null; see loss.cpp
   void* stats;           // [kStats], or null
   const RatioStats* ratio;  // where the weights come from logits
   int threads;

@@ -173,6 +173,15 @@ struct Lanes {
   FD_INLINE Lanes abs() const {
     return {map<P>([](R x) { return (R)((RU)x & Bits<T>::magnitude); }, v)};
   }
+  friend FD_INLINE Lanes larger(const Lanes& a, const Lanes& b) {  // b where it is NaN
+    return {map<P>([](R x, R y) { return x > y ? x : y; }, a.v, b.v)};
+  }
+  T largest() const {
+    T values[m * kLanes], result = 0;
+    __builtin_memcpy(values, &v, sizeof(values));
+    for (const T value : values) result = value > result ? value : result;
+    return result;
+  }
   FD_INLINE Mask<T, m> finite() const {
     return {map<Pack<U, n>>([](R x) { return (RU)(((RU)x & Bits<T>::magnitude) < Bits<T>::infinity); }, v)};
   }

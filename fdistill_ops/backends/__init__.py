@@ -1,7 +1,8 @@
 """The back ends and the choice among them.
 
-A back end is an object with ``name`` and the functions ``f_weights``, ``distribution_matching``, ``f_distill``,
-``score_identity`` and ``scale_gradient_``, which take checked tensors and the records of :mod:`fdistill_ops.params`. The
+A back end is a module with ``name`` and the functions ``f_weights``, ``distribution_matching``, ``difference``,
+``f_distill`` and ``score_identity``, which take checked tensors and the records of :mod:`fdistill_ops.params`, and
+``scale_gradient``, with which backward multiplies a saved gradient by the incoming one. ``backends/cpu.py`` is the pattern. The
 reference has none of these: the public functions then evaluate :mod:`fdistill_ops.reference` itself.
 """
 
@@ -104,15 +105,6 @@ def _select(device_type: str) -> Any:
         raise RuntimeError(f"the back end {name!r} cannot serve {device_type} tensors")
     _selected[device_type] = _load(name)
     return _selected[device_type]
-
-
-def scale_gradient(gradient: torch.Tensor, scale: torch.Tensor | None, upstream: torch.Tensor, keep: bool) -> torch.Tensor:
-    """A saved gradient times the incoming one: the saved tensor itself where the factor is 1 and the graph is not kept,
-    scaled in place where it is not 1, a new tensor where the graph is kept.
-
-    ``scale`` is None, or what float16 gradients were stored without (see csrc/cpu/loss.cpp).
-    """
-    return select(gradient.device).scale_gradient(gradient, scale, upstream, keep)
 
 
 def empty_cache() -> int:

@@ -29,12 +29,17 @@ _DTYPES = {
     torch.int64: 9,
 }
 _POOLED_BYTES = 1 << 20
-_SUM, _SAMPLE = REDUCTIONS["sum"], REDUCTIONS["sample"]
+_SAMPLE = REDUCTIONS["sample"]
 _from_dlpack = torch._C._from_dlpack
 
 
-def _record(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
-    return None if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride())
+def _record(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...], Tensor] | None:
+    """(address, dtype, strides), and the tensor itself, which keeps the memory alive."""
+    if tensor is None:
+        return None
+    if tensor.is_neg():  # a view whose memory holds the negated values
+        tensor = tensor.resolve_neg()
+    return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride(), tensor
 
 
 def _gradient_like(x: Tensor) -> Tensor:
@@ -84,6 +89,7 @@ def _loss(
     gradients: Sequence[Tensor | None],
     weight_arguments: tuple[Any, ...] | None,
     score_identity: bool,
+    scaled: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Runs the kernel. The loss, the scale of float16 gradients (None without such), the statistics (None unless
     wanted)."""
@@ -101,8 +107,8 @@ def _loss(
     per_sample = params.reduction == _SAMPLE
     loss = torch.empty(x.shape[:1] if per_sample else (), dtype=dtype, device="cpu")
     scale = stats = None
-    if params.reduction != _SUM and any(g is not None and g.dtype is torch.float16 for g in gradients):
-        scale = torch.empty(x.shape[:1] if per_sample else (1,), dtype=dtype, device="cpu")
+    if scaled and any(g is not None and g.dtype is torch.float16 for g in gradients):
+        scale = torch.empty(x.shape[:1], dtype=dtype, device="cpu")
     if params.need_stats:
         stats = torch.empty(len(FIELDS), dtype=dtype, device="cpu")
     operands = (
@@ -141,11 +147,19 @@ def distribution_matching(
     tensors: OptionalTensors,
     params: LossParams,
     need_grad: bool,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    gradient = out if out is not None else _gradient_like(x) if need_grad else None
+    gradient = _gradient_like(x) if need_grad else None
     loss, scale, stats = _loss((x, teacher, fake), tensors, params, (gradient, None, None), None, False)
     return loss, gradient, scale, stats
+
+
+def difference(
+    x: Tensor, teacher: Tensor, fake: Tensor, tensors: OptionalTensors, params: LossParams, out: Tensor | None
+) -> Tensor:
+    """g: the gradient of the sum (params.reduction)."""
+    g = _gradient_like(x) if out is None else out
+    _loss((x, teacher, fake), tensors, params, (g, None, None), None, False, scaled=False)
+    return g
 
 
 def f_distill(
@@ -184,11 +198,10 @@ def score_identity(
 
 
 def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool) -> Tensor:
-    """See :func:`fdistill_ops.backends.scale_gradient`. Reading the factor costs nothing here: it is in host memory."""
-    if scale is None or gradient.dtype is not torch.float16:
-        factor = upstream
-    else:
-        factor = upstream * scale.reshape(upstream.shape)
+    """A saved gradient times the incoming one (0-dimensional or [B]): the saved tensor itself where the factor is 1 and the
+    graph is not kept, scaled in place where it is not 1, a new tensor where the graph is kept. ``scale`` [B] is what
+    float16 gradients were stored without (csrc/cpu/loss.cpp). Reading the factor costs nothing: it is in host memory."""
+    factor = upstream if scale is None or gradient.dtype is not torch.float16 else upstream * scale
     if factor.ndim == 0:
         number = factor.item()
         if number == 1.0:
