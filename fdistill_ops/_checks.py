@@ -287,6 +287,8 @@ def out(out: Any, x: Tensor, *inputs: Tensor | None) -> None:
     _same_device(out, "out", x, "x")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out requires grad: pass out.detach()")
+    if torch.compiler.is_compiling():  # g is then computed first and copied
+        return
     if out.is_neg():
         raise ValueError("out is a lazily negated view: pass a tensor of its own")
     reach = 0
@@ -294,8 +296,6 @@ def out(out: Any, x: Tensor, *inputs: Tensor | None) -> None:
         if size > 1 and stride <= reach:
             raise ValueError(f"out has elements that share memory: shape {tuple(out.shape)}, strides {out.stride()}")
         reach += (size - 1) * stride
-    if torch.compiler.is_compiling():  # g is then computed first and copied
-        return
     storage = out.untyped_storage().data_ptr() if out.numel() else 0
     for value in (x, *inputs):
         if value is None or not value.numel() or value.untyped_storage().data_ptr() != storage:

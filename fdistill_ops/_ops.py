@@ -115,13 +115,6 @@ def _register_autograd(name: str, n_inputs: int, gradients: slice, inputs: Seque
     torch.library.register_autograd(f"fdistill::{name}", backward, setup_context=setup_context, lib=_lib)
 
 
-def _kernels(tensor: Tensor) -> Any:
-    backend = backends.select(tensor.device)
-    if backend.name == "reference":
-        raise RuntimeError("the back end 'reference' is plain PyTorch and has no operators: call the public functions")
-    return backend
-
-
 def _present(outputs: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """Outputs as an operator must return them: a tensor each, empty for what a back end left out."""
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in outputs)
@@ -149,7 +142,7 @@ def _fake_loss(
 
 
 def _f_weights(logits: Tensor, t: Tensor | None, bins: Tensor | None, *numbers: Any) -> Any:
-    return _present(_kernels(logits).f_weights(logits, t, bins, WeightParams(*numbers)), logits)
+    return _present(backends.kernels(logits.device).f_weights(logits, t, bins, WeightParams(*numbers)), logits)
 
 
 def _f_weights_fake(logits: Tensor, t: Tensor | None, bins: Tensor | None, *numbers: Any) -> Any:
@@ -176,7 +169,7 @@ def f_weights(
     """weights [B], the new histogram (empty without one), [ratio mean, clipped low, clipped high] (float64)."""
     if _traced(logits):
         return torch.ops.fdistill.f_weights(logits.detach(), t, bins, *params)
-    return backends.select(logits.device).f_weights(logits, t, bins, params)
+    return backends.kernels(logits.device).f_weights(logits, t, bins, params)
 
 
 # distribution matching ------------------------------------------------------------------------------------------------
@@ -184,7 +177,7 @@ def f_weights(
 
 def _distribution_matching(x: Tensor, teacher: Tensor, fake: Tensor, *rest: Any) -> Any:
     tensors, params, need_grad = rest[:_N_TENSORS], LossParams(*rest[_N_TENSORS:-1]), rest[-1]
-    return _present(_kernels(x).distribution_matching(x, teacher, fake, tensors, params, need_grad), x)
+    return _present(backends.kernels(x.device).distribution_matching(x, teacher, fake, tensors, params, need_grad), x)
 
 
 def _distribution_matching_fake(x: Tensor, teacher: Tensor, fake: Tensor, *rest: Any) -> Any:
@@ -215,7 +208,7 @@ def distribution_matching(
             x, teacher, fake, *tensors, *params, need_grad or _functorch_level() is not None
         )
         return loss, stats
-    backend = backends.select(x.device)
+    backend = backends.kernels(x.device)
     loss, gradient, scale, stats = backend.distribution_matching(x, teacher, fake, tensors, params, need_grad)
     return (_Attach.apply(backend, (loss,), (gradient,), scale, x) if need_grad else loss), stats
 
@@ -229,7 +222,7 @@ def difference(
             _, g, scale, _ = torch.ops.fdistill.distribution_matching(x, teacher, fake, *tensors, *params, True)
             g = _scaled(g, scale, None)
             return g if out is None else out.copy_(g)
-    return backends.select(x.device).difference(x, teacher, fake, tensors, params, out)
+    return backends.kernels(x.device).difference(x, teacher, fake, tensors, params, out)
 
 
 def _detached(tensors: OptionalTensors) -> OptionalTensors:
@@ -244,7 +237,7 @@ def _f_distill(
 ) -> Any:
     tensors, numbers, need_grad = rest[:_N_TENSORS], rest[_N_TENSORS:-1], rest[-1]
     weight_params, params = WeightParams(*numbers[:_N_WEIGHT]), LossParams(*numbers[_N_WEIGHT:])
-    outputs = _kernels(x).f_distill(x, teacher, fake, logits, t, bins, tensors, weight_params, params, need_grad)
+    outputs = backends.kernels(x.device).f_distill(x, teacher, fake, logits, t, bins, tensors, weight_params, params, need_grad)
     return _present(outputs, x)
 
 
@@ -294,7 +287,7 @@ def f_distill(
             need_grad or _functorch_level() is not None,
         )
         return loss, stats, bins
-    backend = backends.select(x.device)
+    backend = backends.kernels(x.device)
     loss, gradient, scale, stats, bins = backend.f_distill(
         x, teacher, fake, logits, t, bins, tensors, weight_params, params, need_grad
     )
@@ -308,7 +301,7 @@ def _score_identity(
     x: Tensor, teacher: Tensor, fake: Tensor, weight: Any, mask: Any, normalizer: Any, *rest: Any
 ) -> Any:
     params, need_grads = LossParams(*rest[:_N_LOSS]), rest[_N_LOSS:]
-    return _present(_kernels(x).score_identity(x, teacher, fake, weight, mask, normalizer, params, need_grads), x)
+    return _present(backends.kernels(x.device).score_identity(x, teacher, fake, weight, mask, normalizer, params, need_grads), x)
 
 
 def _score_identity_fake(
@@ -350,7 +343,7 @@ def score_identity(
         weight, mask, normalizer = (v if v is None else v.detach() for v in (weight, mask, normalizer))
         outputs = torch.ops.fdistill.score_identity(*inputs, weight, mask, normalizer, *params, *need_grads)
         return outputs[0], outputs[5]
-    backend = backends.select(x.device)
+    backend = backends.kernels(x.device)
     loss, *gradients, scale, stats = backend.score_identity(*inputs, weight, mask, normalizer, params, need_grads)
     if any(need_grads):
         wanted = [i for i in range(3) if need_grads[i]]

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _checks
 from .divergences import Divergence, get_divergence
 from .losses import f_distill_loss
-from .weights import RatioHistogram
+from .weights import RatioHistogram, f_weights
 
 
 class FDistillLoss(torch.nn.Module):
@@ -77,6 +77,19 @@ class FDistillLoss(torch.nn.Module):
             histogram=self.histogram,
             group=self._group(),
             **(self.settings | arguments),
+        )
+
+    def weights(self, logits: Tensor, t: Tensor | None = None) -> Tensor:
+        """The weights [B] that forward would use: :func:`fdistill_ops.f_weights` with this module's settings. In training mode
+        the histogram is updated, as by forward."""
+        names = ("logit_clip", "ratio_clip", "normalize", "eps", "nonfinite")
+        return f_weights(
+            logits,
+            t,
+            divergence=self.divergence,
+            histogram=self.histogram,
+            group=self._group(),
+            **{name: self.settings[name] for name in names},
         )
 
     def _group(self) -> Any:

@@ -116,5 +116,5 @@ def needs_stages(logits: Tensor, divergence: Divergence, group: Any) -> bool:
     return (
         divergence.kind is None
         or (group is not None and torch.distributed.get_world_size(group) > 1)
-        or backends.select(logits.device).name == "reference"
+        or backends.choose(logits.device) == "reference"
     )

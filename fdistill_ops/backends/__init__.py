@@ -9,10 +9,10 @@ reference has none of these: the public functions then evaluate :mod:`fdistill_o
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,30 +20,28 @@ import torch
 from .. import _native
 
 NAMES = ("reference", "cpu")
-_REFERENCE = SimpleNamespace(name="reference")
 _DEFAULT = {"cpu": "cpu"}
+_environment = os.environ.get("FDISTILL_BACKEND") or None
 _override: str | None = None
-_loaded: dict[str, Any] = {"reference": _REFERENCE}
+_loaded: dict[str, Any] = {}
+_warned = False
 
 
-def _load(name: str) -> Any:
-    """The back end, or a RuntimeError that says why it is not there."""
-    if name == "cpu":
-        if _native.module() is None:
-            raise RuntimeError(f"the back end 'cpu' is not available: {_native.reason()}")
-        from . import cpu
-
-        _loaded[name] = cpu
-    return _loaded[name]
+def _why_not(name: str) -> str | None:
+    """Why a back end cannot run here; None where it can."""
+    if name == "cpu" and _native.module() is None:
+        return f"the back end 'cpu' is not available: {_native.reason()}"
+    return None
 
 
 def available_backends() -> tuple[str, ...]:
     """Names of the back ends that can run here. :func:`build_info` says why another cannot."""
-    return tuple(name for name in NAMES if name != "cpu" or _native.module() is not None)
+    return tuple(name for name in NAMES if _why_not(name) is None)
 
 
 def set_backend(name: str | None) -> None:
-    """Makes every call use that back end; None restores the default (cpu for CPU tensors).
+    """Makes every call use that back end. None restores the environment variable FDISTILL_BACKEND or, without one, the default (cpu
+    for CPU tensors).
 
     Raises:
         ValueError: unknown name.
@@ -52,9 +50,9 @@ def set_backend(name: str | None) -> None:
     global _override
     if name is not None:
         _check_name(name, "name")
-        _load(name)
+        if reason := _why_not(name):
+            raise RuntimeError(reason)
     _override = name
-    _selected.clear()
 
 
 @contextlib.contextmanager
@@ -73,40 +71,74 @@ def _check_name(name: str, argument: str) -> None:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, NAMES))}; got {name!r}")
 
 
-_selected: dict[str, Any] = {}
-
-
-def select(device: torch.device) -> Any:
-    """The back end that serves tensors on this device.
+def choose(device: torch.device) -> str:
+    """The name of the back end that serves tensors on this device. A constant to torch.compile, which traces it again after
+    set_backend.
 
     Raises:
         RuntimeError: the chosen or default one cannot.
     """
-    found = _selected.get(device.type)
-    return found if found is not None else _select(device.type)
+    if torch.compiler.is_compiling():
+        return _constant_choice(_override, device.type)
+    return _chosen.get((_override, device.type)) or _choose(_override, device.type)
 
 
-def _select(device_type: str) -> Any:
-    name = _override
-    if name is None and (name := os.environ.get("FDISTILL_BACKEND") or None):
+_chosen: dict[tuple[str | None, str], str] = {}
+
+
+def _choose(override: str | None, device_type: str) -> str:
+    _chosen[override, device_type] = name = _decide(override, device_type)
+    return name
+
+
+def _constant_choice(override: str | None, device_type: str) -> str:
+    return _decide(override, device_type)
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo with this package.
+_constant_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _decide(override: str | None, device_type: str) -> str:
+    global _warned
+    name = override
+    if name is None and _environment is not None:
+        name = _environment
         _check_name(name, "FDISTILL_BACKEND")
+    if name is not None:
+        if name not in ("reference", device_type):
+            raise RuntimeError(f"the back end {name!r} cannot serve {device_type} tensors")
+        if reason := _why_not(name):
+            raise RuntimeError(reason)
+        return name
+    name = _DEFAULT.get(device_type)
     if name is None:
-        name = _DEFAULT.get(device_type)
-        if name is None:
-            raise RuntimeError(
-                f"no fused back end serves {device_type} tensors yet; fd.set_backend('reference') runs them in plain PyTorch"
-            )
-        if name == "cpu" and _native.module() is None:
-            warnings.warn(
-                f"fdistill_ops runs in plain PyTorch on CPU tensors, slowly: {_native.reason()}", RuntimeWarning, stacklevel=4
-            )
-            name = "reference"
-    elif name != "reference" and name != device_type:
-        raise RuntimeError(f"the back end {name!r} cannot serve {device_type} tensors")
-    _selected[device_type] = _load(name)
-    return _selected[device_type]
+        raise RuntimeError(
+            f"no fused back end serves {device_type} tensors yet; fd.set_backend('reference') runs them in plain PyTorch"
+        )
+    if reason := _why_not(name):
+        if not _warned:
+            _warned = True
+            warnings.warn(f"fdistill_ops runs in plain PyTorch, slowly: {reason}", RuntimeWarning, stacklevel=5)
+        return "reference"
+    return name
+
+
+def kernels(device: torch.device) -> Any:
+    """The back end that serves tensors on this device, as a module of kernels.
+
+    Raises:
+        RuntimeError: it is the reference, which has none.
+    """
+    name = choose(device)
+    found = _loaded.get(name)
+    if found is None:
+        if name == "reference":
+            raise RuntimeError("the back end 'reference' is plain PyTorch and has no operators: call the public functions")
+        found = _loaded[name] = importlib.import_module(f"{__name__}.{name}")
+    return found
 
 
 def empty_cache() -> int:
     """Gives the memory that finished gradients left for the next ones back to the system. Returns its bytes."""
-    return _load("cpu").empty_cache() if _native.module() is not None else 0
+    return _native.module().pool_trim() if _native.module() is not None else 0

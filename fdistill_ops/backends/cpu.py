@@ -211,7 +211,3 @@ def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, kee
         return gradient.clone() if keep else gradient
     rows = factor.reshape(factor.shape + (1,) * (gradient.ndim - 1))
     return (gradient * rows).to(gradient.dtype) if keep else gradient.mul_(rows)
-
-
-def empty_cache() -> int:
-    return _C.pool_trim()

@@ -1,0 +1,77 @@
+"""Every setting of a run, and the key under which what was trained with some of them is cached."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings; those that the command line does not offer were tuned on the digits."""
+
+    out: Path = Path("runs/digits")
+    cache: Path = Path("runs/digits/cache")
+    divergences: tuple[str, ...] = ("js", "reverse_kl")
+    seed: int = 0
+    threads: int = 1  # networks this small gain little from a second one, and lose all of it when the cores are shared
+    device: str = "cpu"
+    batch_size: int = 128
+    ema: float = 0.98  # of the parameters, in every training
+
+    width: int = 192
+    depth: int = 4
+
+    classifier_steps: int = 600
+    classifier_lr: float = 1e-3
+    classifier_batch: int = 128  # its own, so that batch_size does not change what judges the samples
+    classifier_noise: float = 0.3
+
+    teacher_steps: int = 2500
+    teacher_lr: float = 2e-3
+    noise_mean: float = -0.5  # of log(sigma), while the teacher is trained
+    noise_std: float = 1.2
+    sampler_steps: int = 18
+    sigma_min: float = 0.02
+    sigma_max: float = 20.0  # of the sampler, of the distillation, and of the noise that the student starts from
+
+    distill_steps: int = 800
+    fake_updates: int = 2  # updates of the fake score and the discriminator per update of the student
+    student_lr: float = 1e-3
+    fake_lr: float = 1e-3
+    discriminator_lr: float = 1e-3
+    gan_weight: float = 0.02
+    distill_sigma_min: float = 0.1  # less is invisible: grey levels are 0.125 apart
+    ratio_bins: int = 10
+    ratio_ema: float = 0.9
+
+    evaluation_draws: int = 4  # of as many samples as images are held out
+    grid_columns: int = 10
+    weight_samples: int = 4096
+    log_every: int = 20
+
+    def key(self, *names: str) -> str:
+        """A hash of the named settings, and of what else decides every bit of a trained network."""
+        always = {"format": 1, "torch": torch.__version__}
+        named = {name: getattr(self, name) for name in ("seed", "threads", "device", *names)}
+        return hashlib.sha256(json.dumps(always | named, sort_keys=True).encode()).hexdigest()[:16]
+
+    def settings(self) -> dict[str, Any]:
+        """What a report repeats: everything but the paths."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if not isinstance(value, Path)}
+
+
+# A run of a few seconds, to see that everything works; its samples are poor.
+QUICK: dict[str, Any] = {
+    "classifier_steps": 100,
+    "teacher_steps": 150,
+    "distill_steps": 30,
+    "evaluation_draws": 2,
+    "weight_samples": 1024,
+    "log_every": 5,
+}
