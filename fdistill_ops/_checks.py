@@ -212,9 +212,11 @@ def f_weights(
     if normalize is not None and normalize != "mean":
         _unknown(normalize, "normalize", ("mean", None))
     zero = nonfinite_rule(nonfinite)
-    eps = number(eps, "eps", low=0.0)
+    if eps.__class__ is not float or not 0.0 <= eps < math.inf:
+        eps = number(eps, "eps", low=0.0)
 
-    low, high = _clip_bounds(logit_clip, ratio_clip)
+    clips = (logit_clip, ratio_clip)
+    low, high = _DEFAULT_BOUNDS if clips == _DEFAULT_CLIPS else _clip_bounds(*clips)
     if t is not None:
         dense(t, "t")
         if t.dtype is torch.bool or t.dtype.is_complex:
@@ -266,6 +268,10 @@ def _clip_bounds(logit_clip: Any, ratio_clip: Any) -> tuple[float, float]:
     low = math.log(ratio_low) if ratio_low > 0 else -math.inf
     high = math.log(ratio_high)
     return min(max(-limit, low), high), max(min(limit, high), low)
+
+
+_DEFAULT_CLIPS = (10.0, (0.1, 20.0))
+_DEFAULT_BOUNDS = _clip_bounds(*_DEFAULT_CLIPS)
 
 
 def no_weight(loss_arguments: dict[str, Any]) -> None:

@@ -47,11 +47,10 @@ class RatioHistogram(torch.nn.Module):
             raise ValueError(f"ema_rate must be at most 1, got {ema_rate!r}")
         self.register_buffer("bins", torch.ones(bins))
 
-    @torch.no_grad()
     def record(self, bins: Tensor) -> None:
         """Takes over the histogram a batch produced (in training mode)."""
         if self.training:
-            self.bins.copy_(bins)
+            self.bins.copy_(bins)  # neither ever requires grad
 
     def extra_repr(self) -> str:
         return f"{self.min_t:g}, {self.max_t:g}, bins={len(self.bins)}, ema_rate={self.ema_rate:g}"

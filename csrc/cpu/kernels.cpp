@@ -13,6 +13,10 @@ constexpr int kMultiple = std::is_same_v<T, bfloat16> ? 2 : 1;
 template <class T>
 constexpr int kGroup = kMultiple<T> * kLanes;
 
+// How far ahead memory is asked for. The processor's own prefetching stops at the end of a page of 4 KiB.
+template <class T>
+constexpr int64_t kAhead = 4096 / sizeof(T);
+
 // Operands of one group from a block, starting at i; a partial group at the end is padded with zeros.
 template <class T>
 struct Group {
@@ -25,7 +29,10 @@ struct Group {
   using M = Mask<C, kMultiple<T>>;
 
   FD_INLINE V at(const T* p) const {
-    if (valid == size) return load(p + i);
+    if (valid == size) {
+      __builtin_prefetch(p + i + kAhead<T>);
+      return load(p + i);
+    }
     T padded[size] = {};
     for (int j = 0; j < valid; ++j) padded[j] = p[i + j];
     return load(padded);

@@ -96,12 +96,12 @@ class Loss {
       for (int64_t i = from; i < std::min(n, from + grain); ++i) task(i);
   }
 
-  // One thread, one sample. The second pass goes backwards: what was read last is in the caches still.
+  // One thread, one sample.
   void sample(int64_t b, Staging& staging) {
     if (measures() || scales())
       for (int64_t chunk = 0; chunk < chunks_; ++chunk) measure(b, chunk, staging);
     const Scalars scalars = scalars_of(b);
-    for (int64_t chunk = chunks_ - 1; chunk >= 0; --chunk) gradient(b, chunk, scalars, staging);
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) gradient(b, chunk, scalars, staging);
     keep(b, scalars);
   }
 
@@ -114,7 +114,7 @@ class Loss {
         team.barrier();
       }
       const Scalars scalars = scalars_of(b);
-      for (int64_t chunk = last - 1; chunk >= first; --chunk) gradient(b, chunk, scalars, staging);
+      for (int64_t chunk = first; chunk < last; ++chunk) gradient(b, chunk, scalars, staging);
       if (team.rank == 0) keep(b, scalars);
     }
   }
