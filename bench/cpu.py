@@ -1,11 +1,11 @@
-"""Forward and backward of the f-distill loss on the CPU: ours, the eager formulas, torch.compile of them, and copies of the
-same bytes, in one process, round by round.
+"""Forward and backward of the f-distill loss on the CPU: ours, the eager formulas, torch.compile of them, and copies
+of the same bytes, in one process, round by round.
 
     python -m bench.cpu                                  # from the root of the repository
     python -m bench.cpu --shape 64,16,128,128 --dtype bfloat16 --rounds 21
 
-Every figure is the median over the rounds; a ratio is the median of the ratios within a round. What is timed is checked first:
-loss and gradient of ours against the eager ones, in float64.
+Every figure is the median over the rounds; a ratio is the median of the ratios within a round. What is timed is
+checked first: loss and gradient of ours against the eager ones, in float64.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def check(x: Tensor, forms: dict[str, Callable[[], Tensor]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=lambda s: tuple(map(int, s.split(","))), help="B,C,H,W (default: five named ones)")
+    parser.add_argument(
+        "--shape", type=lambda s: tuple(map(int, s.split(","))), help="B,C,H,W (default: five named ones)"
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -127,8 +129,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     info = fd.build_info()
-    print(f"torch {torch.__version__}, {arguments.threads} threads, {info['isa']}, {arguments.dtype}; milliseconds, medians")
-    print(f"{'shape':>20} {'ours':>9} {'eager':>9} {'compile':>9} {'2 copies':>9} | eager/ours compile/ours ours/copies")
+    print(
+        f"torch {torch.__version__}, {arguments.threads} threads, {info['isa']}, {arguments.dtype}; "
+        "milliseconds, medians"
+    )
+    print(
+        f"{'shape':>20} {'ours':>9} {'eager':>9} {'compile':>9} {'2 copies':>9} | eager/ours compile/ours ours/copies"
+    )
     for shape in (arguments.shape,) if arguments.shape else SHAPES:
         torch.compiler.reset()
         functions = cases(shape, getattr(torch, arguments.dtype), not arguments.unweighted)

@@ -4,6 +4,7 @@ from typing import Any
 
 from . import reference
 from ._native import build_info
+from ._version import __version__
 from .backends import available_backends, empty_cache, set_backend, use_backend
 from .divergences import DIVERGENCES, Divergence, get_divergence, register_divergence
 from .losses import (
@@ -19,14 +20,13 @@ from .predictions import to_x0
 from .stats import LossStats
 from .weights import RatioHistogram, f_weights
 
-from ._version import __version__
-
 __all__ = [
     "DIVERGENCES",
     "Divergence",
     "FDistillLoss",
     "LossStats",
     "RatioHistogram",
+    "__version__",
     "available_backends",
     "build_info",
     "distribution_matching_loss",

@@ -20,7 +20,14 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _NONFINITE = {"propagate": False, "zero": True}
 
 OptionalTensors = tuple[
-    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
 ]
 """weight, teacher_uncond, guidance_scale, mask, x_t, alpha, sigma, normalizer: the order every layer keeps."""
 
@@ -62,7 +69,9 @@ def leading(value: Any, name: str, x: Tensor, x_name: str = "x") -> Tensor:
         return torch.full((), value, dtype=torch.float64, device=x.device)
     floating(value, name)
     if value.shape != x.shape[: value.ndim]:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, which is no leading part of {x_name}'s shape {tuple(x.shape)}")
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, which is no leading part of {x_name}'s shape {tuple(x.shape)}"
+        )
     _same_device(value, name, x, x_name)
     return value
 
@@ -146,7 +155,8 @@ def distribution_matching(
             raise TypeError(f"mask must be bool, got {mask.dtype}")
         if mask.shape != x.shape:
             raise ValueError(
-                f"mask has shape {tuple(mask.shape)}, but x has shape {tuple(x.shape)}; mask.expand_as(x) costs no memory"
+                f"mask has shape {tuple(mask.shape)}, but x has shape {tuple(x.shape)}; "
+                "mask.expand_as(x) costs no memory"
             )
         _same_device(mask, "mask", x, "x")
 
@@ -289,7 +299,8 @@ def out(out: Any, x: Tensor, *inputs: Tensor | None) -> None:
     """out can take g: x's shape and dtype, no part of another input (except exactly that input)."""
     floating(out, "out")
     if out.shape != x.shape or out.dtype != x.dtype:
-        raise ValueError(f"out must have x's shape {tuple(x.shape)} and dtype {x.dtype}, got {tuple(out.shape)}, {out.dtype}")
+        want, got = (tuple(x.shape), x.dtype), (tuple(out.shape), out.dtype)
+        raise ValueError(f"out must have x's shape and dtype {want}, got {got}")
     _same_device(out, "out", x, "x")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out requires grad: pass out.detach()")

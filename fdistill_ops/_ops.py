@@ -1,8 +1,8 @@
 """The operators: torch.library definitions, their fake implementations, and autograd.
 
 Eager calls on plain tensors go from the public function straight to the back end's kernel, whose gradient
-:class:`_Attach` hangs into the graph. Tracing (torch.compile, torch.export, FakeTensor and other modes, functorch) goes through
-``torch.ops.fdistill``, the same kernels as operators.
+:class:`_Attach` hangs into the graph. Tracing (torch.compile, torch.export, FakeTensor and other modes, functorch)
+goes through ``torch.ops.fdistill``, the same kernels as operators.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class _Attach(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, scale: Tensor, upstream: Tensor | None) -> Tensor:
-    """gradient * scale * upstream: scale is [B] for float16 gradients and plays no part for others, upstream is 0-dimensional
-    or [B]."""
+    """gradient * scale * upstream: scale is [B] for float16 gradients and plays no part for others, upstream is
+    0-dimensional or [B]."""
     if gradient.dtype == torch.float16:
         factor = scale if upstream is None else upstream * scale
     elif upstream is None:
@@ -237,7 +237,8 @@ def _f_distill(
 ) -> Any:
     tensors, numbers, need_grad = rest[:_N_TENSORS], rest[_N_TENSORS:-1], rest[-1]
     weight_params, params = WeightParams(*numbers[:_N_WEIGHT]), LossParams(*numbers[_N_WEIGHT:])
-    outputs = backends.kernels(x.device).f_distill(x, teacher, fake, logits, t, bins, tensors, weight_params, params, need_grad)
+    backend = backends.kernels(x.device)
+    outputs = backend.f_distill(x, teacher, fake, logits, t, bins, tensors, weight_params, params, need_grad)
     return _present(outputs, x)
 
 
@@ -301,7 +302,8 @@ def _score_identity(
     x: Tensor, teacher: Tensor, fake: Tensor, weight: Any, mask: Any, normalizer: Any, *rest: Any
 ) -> Any:
     params, need_grads = LossParams(*rest[:_N_LOSS]), rest[_N_LOSS:]
-    return _present(backends.kernels(x.device).score_identity(x, teacher, fake, weight, mask, normalizer, params, need_grads), x)
+    backend = backends.kernels(x.device)
+    return _present(backend.score_identity(x, teacher, fake, weight, mask, normalizer, params, need_grads), x)
 
 
 def _score_identity_fake(

@@ -213,6 +213,7 @@ def _add(divergence: Divergence, aliases: Iterable[str]) -> None:
 for _names, _divergence in _TABLE:
     _add(_divergence, _names)
 
+
 def _likeness(key: str, alias: str) -> float:
     """Of a mistyped name to a known one, or to its first word."""
     first = alias.split("_")[0]
@@ -349,7 +350,9 @@ def _check_weight(name: str, h: ScalarMap) -> None:
         raise ValueError(f"h: divergence {name!r}: evaluating h on a grid of r failed: {error}") from error
     if not isinstance(value, Tensor) or value.shape != r.shape:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"h: divergence {name!r}: h must map a tensor of shape {tuple(r.shape)} to that shape, got {got}")
+        raise ValueError(
+            f"h: divergence {name!r}: h must map a tensor of shape {tuple(r.shape)} to that shape, got {got}"
+        )
     for bad, what in ((~value.isfinite(), "not finite"), (value < 0, "negative (f is not convex there)")):
         if bool(bad.any()):
             at = int(bad.nonzero()[0])
@@ -384,7 +387,9 @@ def _compile(expression: Any, r: Any) -> ScalarMap:
     table |= {"Abs": abs, "sign": torch.sign, "pi": math.pi, "E": math.e}
     unknown = {node.func.__name__ for node in expression.atoms(sympy.Function)} - set(table)
     if unknown or expression.has(sympy.I, sympy.Derivative, sympy.Integral, sympy.Piecewise):
-        raise ValueError(f"f: {expression} uses {', '.join(sorted(unknown)) or 'a form'} that has no PyTorch equivalent")
+        raise ValueError(
+            f"f: {expression} uses {', '.join(sorted(unknown)) or 'a form'} that has no PyTorch equivalent"
+        )
     compiled = sympy.lambdify(r, expression, modules=[table])
 
     def evaluate(value: Tensor) -> Tensor:

@@ -45,18 +45,18 @@ def distribution_matching_loss(
         L     = 0.5 * sum over the mask of g^2 / number of masked elements
         dL/dx = g / number of masked elements on the mask, 0 elsewhere
 
-    the gradient of ``0.5 * mse_loss(x, (x - g).detach())`` without the rounding of ``x - g``, in one pass. Nothing flows to
-    any other argument. Differentiable once.
+    the gradient of ``0.5 * mse_loss(x, (x - g).detach())`` without the rounding of ``x - g``, in one pass. Nothing
+    flows to any other argument. Differentiable once.
 
     Args:
         x: [B, ...], the student's sample, float32, float64, bfloat16 or float16, any strides.
         teacher, fake: x's shape, any of those dtypes: predictions of the teacher's and of the student's ("fake") score.
         weight: a number, or a tensor whose shape is a leading part of x's: [B], [B, F] for video frames.
         teacher_uncond, guidance_scale: classifier-free guidance of the teacher; the scale is a float or [B].
-        mask: bool, x's shape (``mask.expand_as(x)`` costs nothing): what counts in the loss. The normaliser ignores it. An
-            empty mask gives a loss and a gradient of 0.
-        prediction: what teacher, fake and teacher_uncond predict: ``"x0"``, ``"eps"``, ``"v"``, ``"flow"`` (eps - x0) or
-            ``"score"``; converted in the kernel.
+        mask: bool, x's shape (``mask.expand_as(x)`` costs nothing): what counts in the loss. The normaliser ignores
+            it. An empty mask gives a loss and a gradient of 0.
+        prediction: what teacher, fake and teacher_uncond predict: ``"x0"``, ``"eps"``, ``"v"``, ``"flow"`` (eps -
+            x0) or ``"score"``; converted in the kernel.
         x_t, alpha, sigma: for a prediction other than x0: the noisy input x_t = alpha x0 + sigma eps in x's shape, and
             its schedule, numbers or leading parts of x's shape (float64 keeps its precision).
         normalizer: ``"mean_abs"``; None for 1; or a tensor [B] that is n_b itself.
@@ -306,5 +306,3 @@ def gan_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         TypeError: an argument is no dense floating tensor.
     """
     return reference.gan_discriminator_loss(real_logits, fake_logits)
-
-

@@ -16,8 +16,8 @@ from .weights import RatioHistogram, f_weights
 class FDistillLoss(torch.nn.Module):
     """:func:`fdistill_ops.f_distill_loss` with its settings and its :class:`~fdistill_ops.RatioHistogram`.
 
-    Under torch.distributed the histogram and the mean weight are taken over all ranks, as in SyncBatchNorm; in eval mode
-    the histogram is used and not updated, and no rank is waited for beyond the mean.
+    Under torch.distributed the histogram and the mean weight are taken over all ranks, as in SyncBatchNorm; in eval
+    mode the histogram is used and not updated, and no rank is waited for beyond the mean.
 
     Args:
         divergence, logit_clip, ratio_clip, normalize, eps, nonfinite, normalizer, reduction: as in
@@ -65,8 +65,8 @@ class FDistillLoss(torch.nn.Module):
     def forward(
         self, x: Tensor, teacher: Tensor, fake: Tensor, logits: Tensor, t: Tensor | None = None, **arguments: Any
     ) -> Any:
-        """The loss; ``arguments`` are the remaining ones of :func:`fdistill_ops.f_distill_loss` (guidance, mask, prediction,
-        return_stats), or override a setting."""
+        """The loss; ``arguments`` are the remaining ones of :func:`fdistill_ops.f_distill_loss` (guidance, mask,
+        prediction, return_stats), or override a setting."""
         return f_distill_loss(
             x,
             teacher,
@@ -80,8 +80,8 @@ class FDistillLoss(torch.nn.Module):
         )
 
     def weights(self, logits: Tensor, t: Tensor | None = None) -> Tensor:
-        """The weights [B] that forward would use: :func:`fdistill_ops.f_weights` with this module's settings. In training mode
-        the histogram is updated, as by forward."""
+        """The weights [B] that forward would use: :func:`fdistill_ops.f_weights` with this module's settings. In
+        training mode the histogram is updated, as by forward."""
         names = ("logit_clip", "ratio_clip", "normalize", "eps", "nonfinite")
         return f_weights(
             logits,

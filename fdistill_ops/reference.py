@@ -333,9 +333,7 @@ def _score_difference(
     return g, n, bad.sum()
 
 
-def _coefficient(
-    x: Tensor, n: Tensor, weight: Tensor | None, params: LossParams, dtype: torch.dtype
-) -> Tensor:
+def _coefficient(x: Tensor, n: Tensor, weight: Tensor | None, params: LossParams, dtype: torch.dtype) -> Tensor:
     """w / (n_b + eps), shaped to broadcast against x."""
     k = rows_like(1 / (n + params.eps), x)
     return (k if weight is None else rows_like(weight.double(), x) * k).to(dtype)

@@ -36,8 +36,8 @@ class LossStats:
         weight_min, weight_mean, weight_max: of w, over its rows.
         ratio_mean: mean density ratio r after clipping, before the division by the histogram; NaN where no logits
             were given, as are the next two.
-        clipped_low, clipped_high: fraction of the samples whose log-ratio was raised to the lower bound, or lowered to the
-            upper one.
+        clipped_low, clipped_high: fraction of the samples whose log-ratio was raised to the lower bound, or lowered
+            to the upper one.
         effective_sample_size: (sum w)^2 / sum w^2 over the rows of w.
         nonfinite: how many elements of g (on the mask) were NaN or infinite, replaced by zero or not.
 

@@ -17,8 +17,8 @@ class RatioHistogram(torch.nn.Module):
     The noise levels differ in how far student and teacher are apart; without this division the weights would mostly say
     which t was drawn (f-distill, arXiv 2502.15681, section 3.3). In eval mode it is used and not updated.
 
-    With ``ema_rate=0`` a bin is the mean of the current batch: a sample alone in its bin gets a ratio of about 1, whatever its
-    logit, so that small batches lose their weights. Use an ``ema_rate`` of 0.9 or more there.
+    With ``ema_rate=0`` a bin is the mean of the current batch: a sample alone in its bin gets a ratio of about 1,
+    whatever its logit, so that small batches lose their weights. Use an ``ema_rate`` of 0.9 or more there.
 
     Args:
         min_t, max_t: the range of t; times outside count in the first or last bin.
@@ -76,8 +76,8 @@ def f_weights(
 
     Args:
         logits: [B] or [B, K] (K heads, averaged): log density ratios log(teacher/student). Any floating dtype.
-        t: [B] (or [B, 1, ...]), any real dtype: time of each sample, for the histogram; clamped to its range. A NaN counts as
-            a non-finite logit.
+        t: [B] (or [B, 1, ...]), any real dtype: time of each sample, for the histogram; clamped to its range. A NaN
+            counts as a non-finite logit.
         divergence: name, alias or Divergence; see :data:`fdistill_ops.DIVERGENCES`.
         logit_clip: bound on abs(log-ratio); None for none.
         ratio_clip: (low, high) bounds on the ratio, applied after logit_clip; None for none.
@@ -109,9 +109,9 @@ def f_weights(
 
 
 def needs_stages(logits: Tensor, divergence: Divergence, group: Any) -> bool:
-    """Whether the B log-ratios go through PyTorch: for a registered divergence, whose h is a Python function; for sums over
-    several ranks, between which a collective stands; and on the reference back end. The pass over the samples is the
-    back end's in any case."""
+    """Whether the B log-ratios go through PyTorch: for a registered divergence, whose h is a Python function; for
+    sums over several ranks, between which a collective stands; and on the reference back end. The pass over the
+    samples is the back end's in any case."""
     return (
         divergence.kind is None
         or (group is not None and torch.distributed.get_world_size(group) > 1)

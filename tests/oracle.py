@@ -146,9 +146,11 @@ def f_weights(
         past = np.where(np.isfinite(bins), bins, 1.0)
         new_bins, bins_noise = past.copy(), U32 * np.abs(past)
         index = [bin_of(float(t[b]), min_t, max_t, len(bins)) if good[b] else -1 for b in range(batch)]
-        for i in range(len(bins)):
-            members = [b for b in range(batch) if index[b] == i]
-            if not members or not training:
+        members_of: dict[int, list[int]] = {}
+        for b in range(batch):
+            members_of.setdefault(index[b], []).append(b)
+        for i, members in members_of.items():
+            if i < 0 or not training:
                 continue
             mean = math.fsum(ratio[b] for b in members) / len(members)
             mean_noise = math.fsum(ratio[b] * log_noise[b] for b in members) / len(members)

@@ -265,6 +265,7 @@ def test_compile_with_dynamic_shapes(backend: Backend, reduction: str) -> None:
         dynamic=True,
         backend=counter,
     )
+    frames: set[int] = set()  # dynamo may start over with a float it finds constant, on the first call
     for shape in ((4, 3, 8, 9), (7, 3, 8, 9), (5, 3, 9, 11), (2, 3, 16, 5)):  # equal sides would be one symbol
         arguments = batch(backend, *shape) | {"logits": backend.randn(shape[0], seed=4)}
         got = run(**arguments)
@@ -273,7 +274,8 @@ def test_compile_with_dynamic_shapes(backend: Backend, reduction: str) -> None:
         (want_gradient,) = torch.autograd.grad(want.sum(), arguments["x"])
         assert_close(got.detach(), want.detach(), ulps=8, terms=64)
         assert_close(gradient, want_gradient, ulps=8)
-    assert counter.frame_count == 1
+        frames.add(counter.frame_count)
+    assert len(frames) == 1, "compiled again for another shape"
 
 
 def test_compile_a_training_step(backend: Backend) -> None:

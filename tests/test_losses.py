@@ -363,6 +363,41 @@ def test_score_difference_out(backend: Backend, dtype: torch.dtype, target: str)
         assert torch.equal(strided, want)
 
 
+@pytest.mark.parametrize("target", ["x", "teacher", "fake", "teacher_uncond"])
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25, math.nan])
+@pytest.mark.parametrize("guided", [False, True])
+def test_score_difference_in_place(backend: Backend, target: str, scale: float, guided: bool) -> None:
+    """Without a mask, and with values whose squares leave float32: nothing is read after it was written."""
+    if target == "teacher_uncond" and not guided:
+        pytest.skip("no such tensor without guidance")
+    names = ("x", "teacher", "fake", *(["teacher_uncond"] if guided else []))
+    arguments: dict[str, Any] = {name: backend.randn(3, 70, seed=s) * scale for s, name in enumerate(names)}
+    arguments["normalizer"] = None
+    if guided:
+        arguments["guidance_scale"] = 3.0
+    if math.isnan(scale):
+        for name in names:
+            arguments[name] = backend.randn(3, 70, seed=ord(name[0]))
+        arguments["fake"][1, 3] = math.nan
+    want = fd.score_difference(**arguments)
+    fd.score_difference(**arguments, out=arguments[target])
+    assert torch.equal(arguments[target].nan_to_num(nan=-7.0), want.nan_to_num(nan=-7.0))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e-12, 1e12, 1e25, 1e30])
+def test_magnitudes_whose_squares_leave_float32(backend: Backend, scale: float) -> None:
+    """g^2 overflows or vanishes in float32; g, its norm and its gradient do not."""
+    arguments = batch(backend, 3, 700) | {"normalizer": None, "eps": 0.0}
+    for name in ("teacher", "fake"):
+        arguments[name] = arguments[name] * scale
+    check_matching(arguments)
+    expected = expected_matching(arguments)
+    _, stats = fd.distribution_matching_loss(**arguments, return_stats=True)
+    fields = stats.to_dict()
+    for name in ("grad_norm", "grad_mean_abs"):
+        assert fields[name] == pytest.approx(expected.stats[name], rel=4e-6), name
+
+
 def test_score_difference_drives_backward(backend: Backend) -> None:
     """x.backward(g) is the gradient of the sum."""
     arguments = batch(backend, 3, 7)

@@ -290,31 +290,30 @@ def test_bins_are_found_in_float64(backend: Backend) -> None:
     assert len(set(histogram.bins.tolist())) == 8
 
 
-def test_eval_uses_and_does_not_update(backend: Backend) -> None:
+@pytest.mark.parametrize("ema_rate", [0.0, 0.9, 1.0])
+def test_eval_uses_and_does_not_update(backend: Backend, ema_rate: float) -> None:
     """In eval mode the ratios are divided by the history as it stands, whatever ema_rate says."""
-    for ema_rate in (0.0, 0.9):
-        histogram = fd.RatioHistogram(0.0, 1.0, bins=2, ema_rate=ema_rate).to(backend.device).eval()
-        stored = torch.tensor([0.25, 4.0], device=backend.device)
-        histogram.bins.copy_(stored)
-        logits, t = backend.tensor([0.5, -0.3, 1.0]), backend.tensor([0.2, 0.3, 0.8])
-        check(logits, t, histogram, divergence="kl", normalize=None)
-        assert torch.equal(histogram.bins, stored)
-        ratio = torch.exp(logits) / (stored[[0, 0, 1]] + 1e-6)
-        weights = fd.f_weights(logits, t, histogram=histogram, divergence="kl", normalize=None)
-        torch.testing.assert_close(weights, ratio, rtol=1e-6, atol=0)
+    histogram = fd.RatioHistogram(0.0, 1.0, bins=2, ema_rate=ema_rate).to(backend.device).eval()
+    stored = torch.tensor([0.25, 4.0], device=backend.device)
+    histogram.bins.copy_(stored)
+    logits, t = backend.tensor([0.5, -0.3, 1.0]), backend.tensor([0.2, 0.3, 0.8])
+    check(logits, t, histogram, divergence="kl", normalize=None)
+    assert torch.equal(histogram.bins, stored)
+    ratio = torch.exp(logits) / (stored[[0, 0, 1]] + 1e-6)
+    weights = fd.f_weights(logits, t, histogram=histogram, divergence="kl", normalize=None)
+    torch.testing.assert_close(weights, ratio, rtol=1e-6, atol=0)
 
 
-def test_non_finite_history_counts_as_never_filled(backend: Backend) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_non_finite_history_counts_as_never_filled(backend: Backend, training: bool) -> None:
     """A checkpoint of a run that went NaN."""
-    for training in (True, False):
-        histogram = fd.RatioHistogram(0.0, 1.0, bins=4, ema_rate=0.9).to(backend.device).train(training)
-        state = {"bins": torch.tensor([math.nan, math.inf, 2.0, -math.inf])}
-        histogram.load_state_dict(state)
-        logits, t = backend.tensor([0.5, -0.3, 1.0]), backend.tensor([0.1, 0.3, 0.6])
-        check(logits, t, histogram, divergence="kl", normalize=None)
-        if training:
-            assert bool(histogram.bins.isfinite().all())
-            assert float(histogram.bins[3]) == 1.0
+    histogram = fd.RatioHistogram(0.0, 1.0, bins=4, ema_rate=0.9).to(backend.device).train(training)
+    histogram.load_state_dict({"bins": torch.tensor([math.nan, math.inf, 2.0, -math.inf])})
+    logits, t = backend.tensor([0.5, -0.3, 1.0]), backend.tensor([0.1, 0.3, 0.6])
+    check(logits, t, histogram, divergence="kl", normalize=None)
+    if training:
+        assert bool(histogram.bins.isfinite().all())
+        assert float(histogram.bins[3]) == 1.0
 
 
 def test_history_is_updated_in_place_and_saved(backend: Backend) -> None:
@@ -390,14 +389,14 @@ def test_f_distill_loss_is_the_loss_with_these_weights(
 
 
 def test_clipped_fractions(backend: Backend) -> None:
-    logits = backend.tensor([-9.0, -3.0, 0.0, 1.0, 3.5, math.nan, 50.0, 20.0])
-    x = backend.randn(8, 2)
+    logits = backend.tensor([-9.0, -3.0, 0.0, 1.0, 3.5, math.nan, 50.0, 20.0, -2.3, 2.99])
+    x = backend.randn(10, 2)
     _, stats = fd.f_distill_loss(x, x + 1, x + 2, logits, nonfinite="zero", return_stats=True)
     fields = stats.to_dict()
-    assert fields["clipped_low"] == pytest.approx(2 / 7)
-    assert fields["clipped_high"] == pytest.approx(3 / 7)
-    ratios = [0.1, 0.1, 1.0, math.e, 20.0, 20.0, 20.0]
-    assert fields["ratio_mean"] == pytest.approx(sum(ratios) / 7, rel=1e-6)
+    assert fields["clipped_low"] == pytest.approx(2 / 9)
+    assert fields["clipped_high"] == pytest.approx(3 / 9)
+    ratios = [0.1, 0.1, 1.0, math.e, 20.0, 20.0, 20.0, math.exp(-2.3), math.exp(2.99)]
+    assert fields["ratio_mean"] == pytest.approx(sum(ratios) / 9, rel=1e-6)
 
 
 def test_statistics_without_logits_are_nan(backend: Backend) -> None:

@@ -2,8 +2,8 @@
 
 A back end is a module with ``name`` and the functions ``f_weights``, ``distribution_matching``, ``difference``,
 ``f_distill`` and ``score_identity``, which take checked tensors and the records of :mod:`fdistill_ops.params`, and
-``scale_gradient``, with which backward multiplies a saved gradient by the incoming one. ``backends/cpu.py`` is the pattern. The
-reference has none of these: the public functions then evaluate :mod:`fdistill_ops.reference` itself.
+``scale_gradient``, with which backward multiplies a saved gradient by the incoming one. ``backends/cpu.py`` is the
+pattern. The reference has none of these: the public functions then evaluate :mod:`fdistill_ops.reference` itself.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def available_backends() -> tuple[str, ...]:
 
 
 def set_backend(name: str | None) -> None:
-    """Makes every call use that back end. None restores the environment variable FDISTILL_BACKEND or, without one, the default (cpu
-    for CPU tensors).
+    """Makes every call use that back end. None restores the environment variable FDISTILL_BACKEND or, without one,
+    the default (cpu for CPU tensors).
 
     Raises:
         ValueError: unknown name.
@@ -72,8 +72,8 @@ def _check_name(name: str, argument: str) -> None:
 
 
 def choose(device: torch.device) -> str:
-    """The name of the back end that serves tensors on this device. A constant to torch.compile, which traces it again after
-    set_backend.
+    """The name of the back end that serves tensors on this device. A constant to torch.compile, which traces it
+    again after set_backend.
 
     Raises:
         RuntimeError: the chosen or default one cannot.
@@ -114,7 +114,8 @@ def _decide(override: str | None, device_type: str) -> str:
     name = _DEFAULT.get(device_type)
     if name is None:
         raise RuntimeError(
-            f"no fused back end serves {device_type} tensors yet; fd.set_backend('reference') runs them in plain PyTorch"
+            f"no fused back end serves {device_type} tensors yet; "
+            "fd.set_backend('reference') runs them in plain PyTorch"
         )
     if reason := _why_not(name):
         if not _warned:
@@ -134,7 +135,9 @@ def kernels(device: torch.device) -> Any:
     found = _loaded.get(name)
     if found is None:
         if name == "reference":
-            raise RuntimeError("the back end 'reference' is plain PyTorch and has no operators: call the public functions")
+            raise RuntimeError(
+                "the back end 'reference' is plain PyTorch and has no operators: call the public functions"
+            )
         found = _loaded[name] = importlib.import_module(f"{__name__}.{name}")
     return found
 

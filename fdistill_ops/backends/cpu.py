@@ -198,9 +198,10 @@ def score_identity(
 
 
 def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool) -> Tensor:
-    """A saved gradient times the incoming one (0-dimensional or [B]): the saved tensor itself where the factor is 1 and the
-    graph is not kept, scaled in place where it is not 1, a new tensor where the graph is kept. ``scale`` [B] is what
-    float16 gradients were stored without (csrc/cpu/loss.cpp). Reading the factor costs nothing: it is in host memory."""
+    """A saved gradient times the incoming one (0-dimensional or [B]): the saved tensor itself where the factor is 1
+    and the graph is not kept, scaled in place where it is not 1, a new tensor where the graph is kept. ``scale`` [B]
+    is what float16 gradients were stored without (csrc/cpu/loss.cpp). Reading the factor costs nothing: it is in
+    host memory."""
     factor = upstream if scale is None or gradient.dtype is not torch.float16 else upstream * scale
     if factor.ndim == 0:
         number = factor.item()

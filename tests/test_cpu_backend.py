@@ -1,0 +1,160 @@
+"""What only the C++ back end has: instruction sets, pooled memory, passes over memory saved."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fdistill_ops as fd
+from fdistill_ops import _native
+
+pytestmark = pytest.mark.skipif("cpu" not in fd.available_backends(), reason="the compiled module is not built")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@contextlib.contextmanager
+def isa(name: str) -> Iterator[None]:
+    native = _native.module()
+    previous = native.isa()
+    native.set_isa(name)
+    try:
+        yield
+    finally:
+        native.set_isa(previous)
+
+
+def arguments(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    x, teacher, fake = (torch.randn(shape, generator=gen).to(dtype) for _ in range(3))
+    return {"x": x.requires_grad_(), "teacher": teacher, "fake": fake}
+
+
+def results(shape: tuple[int, ...], dtype: torch.dtype, strided: bool, special: bool) -> list[Tensor]:
+    tensors = arguments(shape, dtype)
+    if strided:
+        tensors["teacher"] = tensors["teacher"].transpose(-1, -2).contiguous().transpose(-1, -2)
+    if special:
+        with torch.no_grad():
+            tensors["x"].view(-1)[1] = float("nan")
+            tensors["fake"].view(-1)[-1] = float("inf")
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.3
+    weight = torch.rand(shape[0], generator=torch.Generator().manual_seed(2))
+    guided: dict[str, Any] = {"teacher_uncond": tensors["fake"] * 0.5, "guidance_scale": 3.0, "weight": weight}
+    converted: dict[str, Any] = {
+        "prediction": "v",
+        "x_t": tensors["teacher"] * 0.7,
+        "alpha": weight + 0.5,
+        "sigma": 0.4,
+    }
+    found = []
+    for more in ({}, {"mask": mask}, guided, converted | {"nonfinite": "zero"}, {"normalizer": None}):
+        loss, stats = fd.distribution_matching_loss(**tensors, **more, return_stats=True)
+        plain = fd.distribution_matching_loss(**tensors, **more)
+        found += [loss.detach(), stats.vector, plain.detach(), *torch.autograd.grad(plain, tensors["x"])]
+    inputs = [tensor.detach().requires_grad_() for tensor in tensors.values()]
+    loss = fd.score_identity_loss(*inputs, alpha=1.2)
+    return found + [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 2, 5, 7), (2, 3, 32, 32), (1, 40000, 3)])
+def test_every_instruction_set_gives_the_same_bits(
+    shape: tuple[int, ...], dtype: torch.dtype, strided: bool, special: bool
+) -> None:
+    names = _native.module().isas()
+    assert "plain" in names
+    with isa("plain"):
+        expected = results(shape, dtype, strided, special)
+    for name in names:
+        with isa(name):
+            for got, want in zip(results(shape, dtype, strided, special), expected, strict=True):
+                same = (got == want) | (got.isnan() & want.isnan())
+                assert bool(same.all()), (name, got, want)
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"isa: sse9 .*plain"):
+        _native.module().set_isa("sse9")
+
+
+def gradient_of(loss: Tensor) -> int:
+    """Address of the saved gradient."""
+    return loss.grad_fn.saved_tensors[1].data_ptr()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (4, 3, 512, 512)])
+def test_no_pass_over_memory_when_the_incoming_gradient_is_one(shape: tuple[int, ...]) -> None:
+    """The saved gradient becomes x.grad itself; scaled in place otherwise; copied where the graph is kept."""
+    tensors = arguments(shape, torch.float32)
+    x = tensors["x"]
+    for scale in (1.0, 0.3):
+        x.grad = None
+        loss = fd.distribution_matching_loss(**tensors)
+        address = gradient_of(loss)
+        (loss * scale).backward()
+        assert x.grad.data_ptr() == address
+    x.grad = None
+    loss = fd.distribution_matching_loss(**tensors)
+    address = gradient_of(loss)
+    loss.backward(retain_graph=True)
+    assert x.grad.data_ptr() != address
+
+
+def test_large_gradients_reuse_their_memory() -> None:
+    """Step after step the same block; what is kept is no more than was in use at once, and empty_cache returns it."""
+    gc.collect()
+    fd.empty_cache()
+    tensors = arguments((4, 3, 256, 512), torch.float32)
+    size = tensors["x"].numel() * 4
+    addresses = set()
+    for _ in range(4):
+        fd.distribution_matching_loss(**tensors).backward()
+        addresses.add(tensors["x"].grad.data_ptr())
+        tensors["x"].grad = None
+    assert len(addresses) == 1
+    assert size <= fd.empty_cache() <= size + (2 << 20)
+    assert fd.empty_cache() == 0
+    losses = [fd.distribution_matching_loss(**tensors) for _ in range(3)]
+    assert len({gradient_of(loss) for loss in losses}) == 3
+    del losses
+    kept = fd.empty_cache()
+    assert 3 * size <= kept <= 3 * (size + (2 << 20))
+
+
+def test_gradients_outlive_everything_else() -> None:
+    """Pooled memory belongs to the tensor: it survives empty_cache and is not handed out twice."""
+    tensors = arguments((4, 3, 256, 512), torch.float32)
+    fd.distribution_matching_loss(**tensors).backward()
+    gradient = tensors["x"].grad
+    tensors["x"].grad = None
+    before = gradient.clone()
+    fd.empty_cache()
+    for seed in (5, 6):
+        others = arguments((4, 3, 256, 512), torch.float32, seed)
+        fd.distribution_matching_loss(**others).backward()
+        assert others["x"].grad.data_ptr() != gradient.data_ptr()
+    assert torch.equal(gradient, before)
+
+
+def test_pooled_gradients_are_ordinary_tensors() -> None:
+    tensors = arguments((4, 3, 256, 512), torch.bfloat16)
+    fd.distribution_matching_loss(**tensors).backward()
+    gradient = tensors["x"].grad
+    assert gradient.shape == tensors["x"].shape and gradient.dtype == torch.bfloat16 and gradient.is_contiguous()
+    gradient.mul_(2).add_(1)
+    assert torch.equal(gradient.clone(), gradient)
+
+
+def test_threads_belong_to_the_process() -> None:
+    """No second pool beside PyTorch's."""
+    assert fd.build_info()["threading"].startswith(("OpenMP threads of this process", "threads started per call"))
+    if torch.backends.openmp.is_available() and torch.get_num_threads() > 1:
+        assert fd.build_info()["threading"].startswith("OpenMP threads of this process")
