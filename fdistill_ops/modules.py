@@ -17,7 +17,7 @@ class FDistillLoss(torch.nn.Module):
     """:func:`fdistill_ops.f_distill_loss` with its settings and its :class:`~fdistill_ops.RatioHistogram`.
 
     Under torch.distributed the histogram and the mean weight are taken over all ranks, as in SyncBatchNorm; in eval
-    mode the histogram is used and not updated, and no rank is waited for beyond the mean.
+    mode the histogram is used and not updated, and the ranks only share the mean.
 
     Args:
         divergence, logit_clip, ratio_clip, normalize, eps, nonfinite, normalizer, reduction: as in

@@ -103,11 +103,12 @@ def staged_f_weights(
         width = (params.max_t - params.min_t) / len(bins)
         position = ((t.double() - params.min_t) / width).nan_to_num(0.0).floor()
         index = position.clamp(0, len(bins) - 1).long()
-        member = torch.nn.functional.one_hot(index, len(bins)) * finite[:, None]
-        counts, sums = reduce(torch.stack([member.sum(0).double(), (member * ratio[:, None]).sum(0)]))
-        mean = (sums / counts.clamp(min=1)).clamp(max=torch.finfo(bins.dtype).max)
-        filled = torch.where(bins.isfinite(), bins, 1.0).double()
-        updated = torch.where(counts > 0, params.ema_rate * filled + (1 - params.ema_rate) * mean, filled)
+        updated = torch.where(bins.isfinite(), bins, 1.0).double()
+        if params.ema_rate < 1:  # this batch counts: not so in eval mode
+            member = torch.nn.functional.one_hot(index, len(bins)) * finite[:, None]
+            counts, sums = reduce(torch.stack([member.sum(0).double(), (member * ratio[:, None]).sum(0)]))
+            mean = (sums / counts.clamp(min=1)).clamp(max=torch.finfo(bins.dtype).max)
+            updated = torch.where(counts > 0, params.ema_rate * updated + (1 - params.ema_rate) * mean, updated)
         log_r = log_r - (updated[index] + params.eps).log()
         bins = updated.to(bins.dtype)
 

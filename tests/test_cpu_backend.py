@@ -59,7 +59,7 @@ def results(shape: tuple[int, ...], dtype: torch.dtype, strided: bool, special: 
         found += [loss.detach(), stats.vector, plain.detach(), *torch.autograd.grad(plain, tensors["x"])]
     inputs = [tensor.detach().requires_grad_() for tensor in tensors.values()]
     loss = fd.score_identity_loss(*inputs, alpha=1.2)
-    return found + [loss.detach(), *torch.autograd.grad(loss, inputs)]
+    return [*found, loss.detach(), *torch.autograd.grad(loss, inputs)]
 
 
 @pytest.mark.parametrize("special", [False, True])

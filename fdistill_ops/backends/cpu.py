@@ -79,7 +79,9 @@ def f_weights(
 
 
 def _in_dtype_of(bins: Tensor | None, new_bins: Tensor | None) -> Tensor | None:
-    return new_bins if bins is None or new_bins is None or bins.dtype == new_bins.dtype else new_bins.to(bins.dtype)
+    if bins is None or new_bins is None or bins.dtype == new_bins.dtype:
+        return new_bins
+    return new_bins.double().clamp(max=torch.finfo(bins.dtype).max).to(bins.dtype)
 
 
 def _loss(
