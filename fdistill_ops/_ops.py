@@ -207,7 +207,7 @@ def distribution_matching(
         loss, _, _, stats = torch.ops.fdistill.distribution_matching(
             x, teacher, fake, *tensors, *params, need_grad or _functorch_level() is not None
         )
-        return loss, stats
+        return loss, stats.detach()
     backend = backends.kernels(x.device)
     loss, gradient, scale, stats = backend.distribution_matching(x, teacher, fake, tensors, params, need_grad)
     return (_Attach.apply(backend, (loss,), (gradient,), scale, x) if need_grad else loss), stats
@@ -287,7 +287,7 @@ def f_distill(
             *params,
             need_grad or _functorch_level() is not None,
         )
-        return loss, stats, bins
+        return loss, stats.detach(), bins.detach()
     backend = backends.kernels(x.device)
     loss, gradient, scale, stats, bins = backend.f_distill(
         x, teacher, fake, logits, t, bins, tensors, weight_params, params, need_grad
@@ -344,7 +344,7 @@ def score_identity(
             need_grads = [True] * 3
         weight, mask, normalizer = (v if v is None else v.detach() for v in (weight, mask, normalizer))
         outputs = torch.ops.fdistill.score_identity(*inputs, weight, mask, normalizer, *params, *need_grads)
-        return outputs[0], outputs[5]
+        return outputs[0], outputs[5].detach()
     backend = backends.kernels(x.device)
     loss, *gradients, scale, stats = backend.score_identity(*inputs, weight, mask, normalizer, params, need_grads)
     if any(need_grads):

@@ -50,7 +50,7 @@ class RatioHistogram(torch.nn.Module):
     def record(self, bins: Tensor) -> None:
         """Takes over the histogram a batch produced (in training mode)."""
         if self.training:
-            self.bins.copy_(bins)  # neither ever requires grad
+            self.bins.copy_(bins)
 
     def extra_repr(self) -> str:
         return f"{self.min_t:g}, {self.max_t:g}, bins={len(self.bins)}, ema_rate={self.ema_rate:g}"

@@ -222,6 +222,24 @@ def test_compile_updates_the_histogram(backend: Backend, engine: str) -> None:
     assert torch.equal(kept, module.histogram.bins)
 
 
+def test_compiled_steps_leave_no_graph_behind(backend: Backend) -> None:
+    """Neither the histogram nor the statistics belong to the graph of a step: the next one can be differentiated."""
+    arguments = batch(backend, 6, 3, 4)
+    loss_function = fd.FDistillLoss("js", histogram=fd.RatioHistogram(0.0, 1.0, ema_rate=0.5)).to(backend.device)
+    compiled = torch.compile(loss_function, fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        logits, t = backend.randn(6, seed=step), backend.randn(6, seed=step + 9).sigmoid()
+        arguments["x"].grad = None
+        loss, stats = compiled(**arguments, logits=logits, t=t, return_stats=True)
+        loss.backward()
+        assert bool(arguments["x"].grad.isfinite().all())
+        assert not stats.vector.requires_grad and not loss_function.histogram.bins.requires_grad
+    copy.deepcopy(loss_function)
+    for operation in (fd.distribution_matching_loss, fd.score_identity_loss):
+        _, stats = torch.compile(operation, fullgraph=True, backend="aot_eager")(**arguments, return_stats=True)
+        assert not stats.vector.requires_grad
+
+
 def test_compile_f_weights(backend: Backend) -> None:
     for divergence in ("rkl", "js", "alpha:0.3"):
         for shape in ((5,), (5, 3)):

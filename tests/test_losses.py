@@ -545,6 +545,30 @@ def test_same_bits_for_any_number_of_threads(backend: Backend, shape: tuple[int,
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("shape", [(64, 3, 64, 64), (2, 40 * 16384), (40, 16384)], ids=str)
+def test_the_count_of_the_mask_is_complete_before_it_divides(backend: Backend, shape: tuple[int, ...]) -> None:
+    """Without a normaliser nothing but the count stands between the threads and the gradient; many short runs."""
+    if not backend.compiled:
+        pytest.skip("plain PyTorch")
+    arguments = batch(backend, *shape) | {"normalizer": None}
+    mask = backend.randn(*shape, seed=5) > -0.2
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = fd.score_difference(**arguments, mask=mask)
+        want_loss = fd.distribution_matching_loss(**arguments, mask=mask)
+        (want_gradient,) = torch.autograd.grad(want_loss, arguments["x"])
+        torch.set_num_threads(4)
+        for _ in range(40):
+            loss = fd.distribution_matching_loss(**arguments, mask=mask)
+            (gradient,) = torch.autograd.grad(loss, arguments["x"])
+            assert torch.equal(gradient, want_gradient)
+            assert torch.equal(loss, want_loss)
+        assert torch.equal(fd.score_difference(**arguments, mask=mask), want)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_same_bits_in_two_runs(backend: Backend) -> None:
     arguments = batch(backend, 4, 3, 64, 64)
     logits, t = backend.randn(4, 2, seed=6), backend.randn(4, seed=7).sigmoid()
