@@ -77,7 +77,7 @@ class Loss {
       if (share) {
         share_samples(team, staging);
       } else {
-        const int64_t grain = std::max<int64_t>(1, kPerThread / std::max<int64_t>(layout_.elements, 1));
+        const int64_t grain = std::max<int64_t>(1, layout_.batch / (8 * team.size));
         take_turns(next_sample, layout_.batch, grain, [&](int64_t b) { sample(b, staging); });
       }
     });
