@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 
 #include <atomic>
-#include <cstdlib>
 #include <memory>
 #include <stdexcept>
 #include <string>

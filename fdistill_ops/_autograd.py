@@ -27,9 +27,11 @@ class _Refuse(torch.autograd.Function):
         raise RuntimeError(_DOUBLE_BACKWARD)
 
 
-def refuse_double_backward(gradients: Sequence[Tensor], inputs: Sequence[weakref.ref[Tensor]]) -> list[Tensor]:
+def refuse_double_backward(
+    gradients: Sequence[Tensor], inputs: Sequence[weakref.ref[Tensor]], upstream: Tensor
+) -> list[Tensor]:
     """The gradients, such that differentiating them raises: with create_graph=True they would otherwise pass for
     constants. ``inputs`` are what they would be differentiated by; weak references, so that nothing is kept alive
     for it."""
     alive = [tensor for reference in inputs if (tensor := reference()) is not None]
-    return [_Refuse.apply(gradient.detach().requires_grad_(), *alive) for gradient in gradients]
+    return [_Refuse.apply(gradient.detach().requires_grad_(), upstream, *alive) for gradient in gradients]

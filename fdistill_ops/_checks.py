@@ -4,6 +4,7 @@ and all of them run before any kernel and before any state changes."""
 from __future__ import annotations
 
 import math
+import numbers
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -39,8 +40,9 @@ def dense(value: Any, name: str) -> Tensor:
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if any(base.__name__ == "DTensor" for base in type(value).__mro__):
             raise TypeError(f"{name} is a DTensor, which is not supported: pass {name}.to_local()")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name} has the layout {value.layout}, which is not supported: pass {name}.to_dense()")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "is nested" if value.is_nested else f"has the layout {value.layout}"
+        raise TypeError(f"{name} {kind}, which is not supported: pass a dense, strided tensor ({name}.to_dense())")
     return value
 
 
@@ -65,8 +67,10 @@ def _like(value: Any, name: str, x: Tensor) -> Tensor:
 
 def leading(value: Any, name: str, x: Tensor, x_name: str = "x") -> Tensor:
     """A number, or a tensor whose shape is a leading part of x's."""
-    if isinstance(value, (int, float)):
-        return torch.full((), value, dtype=torch.float64, device=x.device)
+    if isinstance(value, numbers.Real):
+        return torch.full((), float(value), dtype=torch.float64, device=x.device)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     floating(value, name)
     if value.shape != x.shape[: value.ndim]:
         raise ValueError(
@@ -295,7 +299,7 @@ def same_batch(logits: Tensor, x: Tensor) -> None:
     _same_device(logits, "logits", x, "x")
 
 
-def out(out: Any, x: Tensor, *inputs: Tensor | None) -> None:
+def output(out: Any, x: Tensor, *inputs: Tensor | None) -> None:
     """out can take g: x's shape and dtype, no part of another input (except exactly that input)."""
     floating(out, "out")
     if out.shape != x.shape or out.dtype != x.dtype:

@@ -1,7 +1,7 @@
 """The operators: torch.library definitions, their fake implementations, and autograd.
 
 Eager calls on plain tensors go from the public function straight to the back end's kernel, whose gradient
-:class:`_Attach` hangs into the graph. Tracing (torch.compile, torch.export, FakeTensor and other modes, functorch)
+:class:`_Attach` hangs into the graph. Tracing (torch.compile, torch.export, FakeTensor and other modes, vmap)
 goes through ``torch.ops.fdistill``, the same kernels as operators.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends
 from ._autograd import refuse_double_backward
@@ -25,16 +26,26 @@ _SAMPLE = REDUCTIONS["sample"]
 _keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
+_DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
 
 
 def _traced(x: Tensor) -> bool:
     """Whether somebody watches the operators: the call must then be one."""
-    return (
-        torch.compiler.is_compiling()
-        or _dispatch_modes() > 0
-        or type(x) not in _PLAIN_TYPES
-        or _functorch_level() is not None
-    )
+    if torch.compiler.is_compiling():
+        return True
+    transform = _functorch_level()
+    if transform is not None and transform.key() in _DERIVATIVES:
+        raise RuntimeError(
+            "fdistill_ops: torch.func's derivatives (grad, vjp, jvp, jacrev, ...) are not supported; "
+            "use backward() or torch.autograd.grad"
+        )
+    return transform is not None or _dispatch_modes() > 0 or type(x) not in _PLAIN_TYPES
+
+
+def _refuse_tangents(*inputs: Tensor) -> None:
+    """Forward-mode differentiation would otherwise take the loss for a constant."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs):
+        raise RuntimeError("fdistill_ops: forward-mode derivatives are not supported; use backward()")
 
 
 # ------------------------------------------------------------------------------------------------------------ autograd
@@ -64,7 +75,7 @@ class _Attach(torch.autograd.Function):
             keep = twice or _keep_graph()
             gradients = [ctx.backend.scale_gradient(gradient, scale, upstream, keep) for gradient in gradients]
         if twice:
-            gradients = refuse_double_backward(gradients, ctx.inputs)
+            gradients = refuse_double_backward(gradients, ctx.inputs, upstream)
         return (None, None, None, None, *gradients)
 
 
@@ -202,10 +213,11 @@ def distribution_matching(
 ) -> tuple[Tensor, Tensor]:
     """The loss, differentiable in x, and the statistics (empty where none were asked for)."""
     need_grad = x.requires_grad and torch.is_grad_enabled()
+    _refuse_tangents(x)
     if _traced(x):
         teacher, fake, tensors = teacher.detach(), fake.detach(), _detached(tensors)
         loss, _, _, stats = torch.ops.fdistill.distribution_matching(
-            x, teacher, fake, *tensors, *params, need_grad or _functorch_level() is not None
+            x, teacher, fake, *tensors, *params, need_grad
         )
         return loss, stats.detach()
     backend = backends.kernels(x.device)
@@ -273,6 +285,7 @@ def f_distill(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, differentiable in x, the statistics, the new histogram (empty without one)."""
     need_grad = x.requires_grad and torch.is_grad_enabled()
+    _refuse_tangents(x)
     if _traced(x):
         teacher, fake, logits, tensors = teacher.detach(), fake.detach(), logits.detach(), _detached(tensors)
         loss, _, _, stats, bins = torch.ops.fdistill.f_distill(
@@ -285,7 +298,7 @@ def f_distill(
             *tensors,
             *weight_params,
             *params,
-            need_grad or _functorch_level() is not None,
+            need_grad,
         )
         return loss, stats.detach(), bins.detach()
     backend = backends.kernels(x.device)
@@ -339,9 +352,8 @@ def score_identity(
     grad_enabled = torch.is_grad_enabled()
     inputs = (x, teacher, fake)
     need_grads = [grad_enabled and tensor.requires_grad for tensor in inputs]
+    _refuse_tangents(*inputs)
     if _traced(x):
-        if _functorch_level() is not None:
-            need_grads = [True] * 3
         weight, mask, normalizer = (v if v is None else v.detach() for v in (weight, mask, normalizer))
         outputs = torch.ops.fdistill.score_identity(*inputs, weight, mask, normalizer, *params, *need_grads)
         return outputs[0], outputs[5].detach()

@@ -67,12 +67,16 @@ class Divergence:
         """h(exp(log_r)) without forming exp(log_r) where that would overflow and h does not."""
         return self._h_from_log(_as_tensor(log_r))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied by name: what was registered must be so again where it is read."""
+        return get_divergence, (self.name, self.a)
+
     def __repr__(self) -> str:
         return f"Divergence({self.name!r}{'' if self.a is None else f', a={self.a:g}'})"
 
 
 def _as_tensor(value: Tensor | float) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _alpha_f(r: Tensor, a: float) -> Tensor:
@@ -128,7 +132,8 @@ _TABLE: tuple[tuple[tuple[str, ...], Divergence], ...] = (
         ("js", "jensen-shannon"),
         Divergence(
             "jensen_shannon",
-            f=lambda r: torch.xlogy(r, r) - (r + 1) * torch.log((r + 1) / 2),
+            # r log r - (r+1) log((r+1)/2), without the difference of two that overflow
+            f=lambda r: r * _LOG2 - torch.special.xlog1py(r, 1 / r) - torch.log((r + 1) / 2),
             h=lambda r: 1 / (1 + 1 / r),
             log_h=logsigmoid,
             h_from_log=torch.sigmoid,
@@ -291,7 +296,7 @@ def register_divergence(
     Args:
         name: what it will be called; must be new unless ``overwrite``.
         f: an expression in ``r``, as a string (``"r*log(r)"``) or a sympy expression; h = f''(r) r^2 is derived from
-            it symbolically. Either f or h, not both.
+            it symbolically. A string is evaluated as code, so take none from strangers. Either f or h, not both.
         h: a callable from r (a float64 tensor of any shape) to h(r) of the same shape, made of PyTorch operations.
         aliases: further names.
         overwrite: replace a divergence registered before. The built-in ones cannot be replaced.
@@ -312,6 +317,8 @@ def register_divergence(
     aliases = tuple(aliases)
     builtin = {_normalized(entry.name) for _, entry in _TABLE}
     for label in (name, *aliases):
+        if _ALPHA_SPELLING.match(label.strip().lower()):
+            raise ValueError(f"name: {label!r} is a spelling of the alpha family")
         owner = _aliases.get(_normalized(label))
         if owner is not None and (not overwrite or owner in builtin or owner != _aliases.get(_normalized(name))):
             raise ValueError(f"name: {label!r} already names the divergence {owner!r}")
@@ -341,7 +348,7 @@ def register_divergence(
 
 
 def _check_weight(name: str, h: ScalarMap) -> None:
-    log_r = torch.linspace(-10.0, 10.0, 2001, dtype=torch.float64)
+    log_r = torch.linspace(-10.0, 10.0, 2001, dtype=torch.float64, device="cpu")
     log_r[1000] = 0.0
     r = log_r.exp()
     try:

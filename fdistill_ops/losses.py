@@ -143,7 +143,7 @@ def score_difference(
         "sum",
     )
     if out is not None:
-        _checks.out(out, x, teacher, fake, *tensors)
+        _checks.output(out, x, teacher, fake, *tensors)
     return _implementation(x).difference(x, teacher, fake, tensors, params, out)
 
 

@@ -44,6 +44,8 @@ class FDistillLoss(torch.nn.Module):
         process_group: Any = None,
     ) -> None:
         super().__init__()
+        if isinstance(normalizer, Tensor):
+            raise TypeError("normalizer must be 'mean_abs' or None here; pass a tensor [B] to the call")
         if histogram is not None and not isinstance(histogram, RatioHistogram):
             raise TypeError(f"histogram must be a RatioHistogram, got {type(histogram).__name__}")
         self.divergence = get_divergence(divergence)
@@ -73,10 +75,8 @@ class FDistillLoss(torch.nn.Module):
             fake,
             logits,
             t,
-            divergence=self.divergence,
-            histogram=self.histogram,
+            **({"divergence": self.divergence, "histogram": self.histogram} | self.settings | arguments),
             group=self._group(),
-            **(self.settings | arguments),
         )
 
     def weights(self, logits: Tensor, t: Tensor | None = None) -> Tensor:

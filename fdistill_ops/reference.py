@@ -103,7 +103,7 @@ def staged_f_weights(
         width = (params.max_t - params.min_t) / len(bins)
         position = ((t.double() - params.min_t) / width).nan_to_num(0.0).floor()
         index = position.clamp(0, len(bins) - 1).long()
-        updated = torch.where(bins.isfinite(), bins, 1.0).double()
+        updated = torch.where(bins.isfinite() & (bins >= 0), bins, 1.0).double()
         if params.ema_rate < 1:  # this batch counts: not so in eval mode
             member = torch.nn.functional.one_hot(index, len(bins)) * finite[:, None]
             counts, sums = reduce(torch.stack([member.sum(0).double(), (member * ratio[:, None]).sum(0)]))
@@ -224,7 +224,7 @@ def score_difference(
     """See :func:`fdistill_ops.score_difference`."""
     tensors, params = _checks.distribution_matching(x, teacher, fake, **loss_arguments)
     if out is not None:
-        _checks.out(out, x, teacher, fake, *tensors)
+        _checks.output(out, x, teacher, fake, *tensors)
     return difference(x, teacher, fake, tensors, params, out)
 
 
@@ -417,7 +417,7 @@ class _WithGradients(torch.autograd.Function):
                 if need
             ]
         if torch.is_grad_enabled():
-            results = refuse_double_backward(results, ctx.inputs)
+            results = refuse_double_backward(results, ctx.inputs, upstream)
         remaining = iter(results)
         return (None, None, *(next(remaining) if need else None for need in needed))
 

@@ -41,8 +41,8 @@ class LossStats:
         effective_sample_size: (sum w)^2 / sum w^2 over the rows of w.
         nonfinite: how many elements of g (on the mask) were NaN or infinite, replaced by zero or not.
 
-    Those of the normaliser, the weight and the ratio are over the finite values, NaN where there are none; grad_norm and
-    grad_mean_abs are not finite where g is not, unless ``nonfinite="zero"`` has made that zero.
+    Those of the normaliser, the weight and the ratio are over the finite values, NaN where there are none; grad_norm
+    and grad_mean_abs are not finite where g is not, unless ``nonfinite="zero"`` has made that zero.
     """
 
     __slots__ = ("vector",)

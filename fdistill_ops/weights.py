@@ -26,8 +26,8 @@ class RatioHistogram(torch.nn.Module):
         ema_rate: weight of the past, in [0, 1].
 
     Attributes:
-        bins: buffer [bins], float32, ones at first. Never non-finite: an entry that is (from a checkpoint
-            written elsewhere, say) counts as never filled.
+        bins: buffer [bins], float32, ones at first. Never non-finite: an entry that is, or is negative (from a
+            checkpoint written elsewhere, say), counts as never filled.
 
     Raises:
         TypeError, ValueError: naming the argument: no number, min_t not below max_t, bins < 1, ema_rate outside [0, 1].

@@ -158,3 +158,17 @@ def test_threads_belong_to_the_process() -> None:
     assert fd.build_info()["threading"].startswith(("OpenMP threads of this process", "threads started per call"))
     if torch.backends.openmp.is_available() and torch.get_num_threads() > 1:
         assert fd.build_info()["threading"].startswith("OpenMP threads of this process")
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_dense_layouts_share_the_pool(memory_format: torch.memory_format) -> None:
+    gc.collect()
+    fd.empty_cache()
+    tensors = {
+        k: v.detach().to(memory_format=memory_format) for k, v in arguments((4, 3, 256, 512), torch.float32).items()
+    }
+    x = tensors["x"].requires_grad_()
+    fd.distribution_matching_loss(**tensors).backward()
+    assert x.grad.stride() == x.stride()
+    x.grad = None
+    assert fd.empty_cache() >= x.numel() * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -360,3 +361,22 @@ def test_registration_does_not_replace(fresh_names: Any) -> None:
         fd.register_divergence("twice", h=lambda r: r)
     replaced = fd.register_divergence("twice", h=lambda r: r + 1, overwrite=True)
     assert fd.get_divergence("twice") is replaced
+
+
+def test_pickled_and_copied_by_name() -> None:
+    for name in ("js", "alpha:0.3"):
+        divergence = fd.get_divergence(name)
+        read = pickle.loads(pickle.dumps(divergence))
+        assert (read.name, read.a) == (divergence.name, divergence.a)
+    module = pickle.loads(pickle.dumps(fd.FDistillLoss("kl", histogram=fd.RatioHistogram(0.0, 1.0))))
+    assert module.divergence is fd.get_divergence("kl")
+
+
+def test_a_spelling_of_the_alpha_family_is_no_name() -> None:
+    with pytest.raises(ValueError, match="alpha family"):
+        fd.register_divergence("alpha:7", h=torch.ones_like)
+
+
+def test_jensen_shannon_f_at_the_ends_of_float32() -> None:
+    f = fd.get_divergence("js").f(torch.tensor([0.0, 1.0, 1e38]))
+    assert f.tolist() == pytest.approx([math.log(2), 0.0, 1e38 * math.log(2)], rel=1e-6)

@@ -113,7 +113,7 @@ double distance(const Block<T>& b) {
   return converted ? distance_of<T, false, true>(b) : distance_of<T, false, false>(b);
 }
 
-// max |k (fake - teacher)| over the finite ones; with x also of |k| |x - teacher| and of the factors of the score identity.
+// max |k (fake - teacher)| over the finite ones on the mask; with x also of |k| |x - teacher| and of the factors of the score identity.
 template <class T>
 double largest(const Block<T>& block) {
   using V = typename Group<T>::V;
@@ -126,7 +126,7 @@ double largest(const Block<T>& block) {
     const V k = group.row(b.k_rows, b.k);
     V bound = (k * (group.at(b.fake) - t)).abs();
     if (b.x != nullptr) bound = bound * factor + (k * (group.at(b.x) - t)).abs();
-    most = larger(most, bound.where(bound.finite()));
+    most = larger(most, bound.where(group.on() & bound.finite()));
   });
   return static_cast<double>(most.largest());
 }

@@ -198,6 +198,7 @@ class Loss {
       coefficients(b, at, block, 1.0, staging);
       if (scales()) {
         block.fake = values(kFake, b, at, n, staging);
+        block.mask = mask_of(b, at, n, staging);
         block.identity_alpha = static_cast<C>(call_.params.identity_alpha);
         if (call_.score_identity) block.x = values(kX, b, at, n, staging);
         most = std::max(most, kernels_.largest(block));

@@ -1,7 +1,6 @@
 // Work on several threads.
 #pragma once
 
-#include <functional>
 #include <type_traits>
 
 namespace fdistill {

@@ -75,7 +75,7 @@ RatioStats f_weights(const WeightCall& call, double* weights, float* new_bins) {
       sum[i] += bounded_ratio(weights[b]);
     }
     for (int i = 0; i < call.n_bins; ++i) {
-      double bin = std::isfinite(call.bins[i]) ? call.bins[i] : 1.0;  // never filled
+      double bin = std::isfinite(call.bins[i]) && call.bins[i] >= 0 ? call.bins[i] : 1.0;  // never filled
       if (count[i] > 0) bin = p.ema_rate * bin + (1 - p.ema_rate) * (sum[i] / count[i]);
       new_bins[i] = static_cast<float>(bin);
       log_bin[i] = std::log(bin + p.eps);

@@ -31,6 +31,8 @@ _DTYPES = {
 _POOLED_BYTES = 1 << 20
 _SAMPLE = REDUCTIONS["sample"]
 _from_dlpack = torch._C._from_dlpack
+_is_batched = torch._C._functorch.is_batchedtensor
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _record(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...], Tensor] | None:
@@ -39,16 +41,31 @@ def _record(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...], Tensor] |
         return None
     if tensor.is_neg():  # a view whose memory holds the negated values
         tensor = tensor.resolve_neg()
-    return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride(), tensor
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel() > 0:  # a zero tensor without memory, as automatic differentiation makes them
+        tensor = tensor.clone()
+        address = tensor.data_ptr()
+    return address, _DTYPES[tensor.dtype], tensor.stride(), tensor
 
 
 def _gradient_like(x: Tensor) -> Tensor:
     """Uninitialised, with x's shape, dtype and (where they are dense) strides. Large ones reuse the memory of earlier
     gradients: fresh memory costs more in page faults than the gradient takes to write."""
     bytes_ = x.numel() * x.itemsize
-    if bytes_ < _POOLED_BYTES or not x.is_contiguous():
+    if bytes_ < _POOLED_BYTES or not (x.is_contiguous() or _is_dense(x)):
         return torch.empty_like(x)
     return _from_dlpack(_C.pooled_empty(tuple(x.shape), x.stride(), _DTYPES[x.dtype], bytes_))
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements fill their memory without gap or overlap, in whatever order (channels_last, say)."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
 
 
 def _weight_arguments(
@@ -205,6 +222,8 @@ def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, kee
     is what float16 gradients were stored without (csrc/cpu/loss.cpp). Reading the factor costs nothing: it is in
     host memory."""
     factor = upstream if scale is None or gradient.dtype is not torch.float16 else upstream * scale
+    if _is_batched(factor) or _is_legacy_batched(factor):  # several incoming gradients at once
+        return (gradient * factor.reshape(factor.shape + (1,) * (gradient.ndim - factor.ndim))).to(gradient.dtype)
     if factor.ndim == 0:
         number = factor.item()
         if number == 1.0:
