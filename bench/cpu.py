@@ -56,6 +56,10 @@ def eager_f_distill(x: Tensor, teacher: Tensor, fake: Tensor, logits: Tensor, t:
 
 
 def seconds(function: Callable[[], None], repeats: int) -> float:
+    """Mean over the repeats, after a few untimed ones: short calls are timed on the caches they leave themselves,
+    not on those of whoever ran before."""
+    for _ in range(repeats // 2):
+        function()
     start = time.perf_counter()
     for _ in range(repeats):
         function()
@@ -141,7 +145,6 @@ def main() -> None:
         functions = cases(shape, getattr(torch, arguments.dtype), not arguments.unweighted)
         for function in functions.values():
             seconds(function, 3)
-        # Short calls are repeated within a round, so that each is timed on the memory state it leaves itself.
         repeats = {name: max(1, min(30, round(0.01 / seconds(function, 2)))) for name, function in functions.items()}
         rounds = [
             {name: seconds(function, repeats[name]) for name, function in functions.items()}
