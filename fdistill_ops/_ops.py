@@ -216,9 +216,7 @@ def distribution_matching(
     _refuse_tangents(x)
     if _traced(x):
         teacher, fake, tensors = teacher.detach(), fake.detach(), _detached(tensors)
-        loss, _, _, stats = torch.ops.fdistill.distribution_matching(
-            x, teacher, fake, *tensors, *params, need_grad
-        )
+        loss, _, _, stats = torch.ops.fdistill.distribution_matching(x, teacher, fake, *tensors, *params, need_grad)
         return loss, stats.detach()
     backend = backends.kernels(x.device)
     loss, gradient, scale, stats = backend.distribution_matching(x, teacher, fake, tensors, params, need_grad)

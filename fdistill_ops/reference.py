@@ -38,7 +38,7 @@ __all__ = [
 
 _PREDICTION_NAMES = tuple(PREDICTIONS)
 _MEAN, _SUM, _SAMPLE = REDUCTIONS.values()
-_MEAN_ABS, _GIVEN = NORMALIZERS["mean_abs"], NORMALIZERS["tensor"]
+_MEAN_ABS = NORMALIZERS["mean_abs"]
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -99,7 +99,7 @@ def staged_f_weights(
     ratio = torch.where(finite, bounded_exp(log_r), 0.0)
     ratio_stats = torch.cat([ratio.sum()[None], clipped]) / finite.sum()
 
-    if bins is not None:
+    if bins is not None and t is not None:
         width = (params.max_t - params.min_t) / len(bins)
         position = ((t.double() - params.min_t) / width).nan_to_num(0.0).floor()
         index = position.clamp(0, len(bins) - 1).long()
@@ -316,14 +316,14 @@ def _score_difference(
         scale = params.guidance_scale if guidance is None else rows_like(guidance, x).to(dtype)
         T = uncond.to(dtype) + scale * (T - uncond.to(dtype))
     difference = F - T
-    if x_t is not None:
+    if x_t is not None and alpha is not None and sigma is not None:
         prediction = _PREDICTION_NAMES[params.prediction]
         a, c = (rows.to(dtype) for rows in x0_coefficients(prediction, rows_like(alpha, x), rows_like(sigma, x)))
         T = a * x_t.to(dtype) + c * T
         difference = c * difference
     if params.normalizer == _MEAN_ABS:
         n = (X - T).abs().flatten(1).double().mean(1) if x.ndim > 1 else (X - T).abs().double()
-    elif params.normalizer == _GIVEN:
+    elif normalizer is not None:
         n = normalizer.double()
     else:
         n = torch.ones(x.shape[0], dtype=torch.float64, device=x.device)

@@ -447,10 +447,9 @@ def loss_arguments(
         arguments["prediction"] = draw(st.sampled_from(("x0", "x0", "eps", "v", "flow", "score")))
         if arguments["prediction"] != "x0":
             arguments |= {"x_t": like_x(other), "alpha": rows(0.25, 1.0), "sigma": rows(0.0625, 2.0)}
-        normalizer = draw(st.sampled_from(("mean_abs", "mean_abs", None, "given")))
-        if normalizer == "given":
-            normalizer = torch.linspace(0.5, 2.0, size[0], device=device)
-        arguments["normalizer"] = normalizer
+        arguments["normalizer"] = draw(st.sampled_from(("mean_abs", "mean_abs", None, "given")))
+        if arguments["normalizer"] == "given":
+            arguments["normalizer"] = torch.linspace(0.5, 2.0, size[0], device=device)
         arguments["eps"] = draw(st.sampled_from((1e-6, 1e-6, 0.0, 0.1)))
         arguments["nonfinite"] = draw(st.sampled_from(("propagate", "zero")))
         arguments["reduction"] = draw(st.sampled_from(("mean", "mean", "sum", "sample")))

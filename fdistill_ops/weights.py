@@ -47,9 +47,9 @@ class RatioHistogram(torch.nn.Module):
             raise ValueError(f"ema_rate must be at most 1, got {ema_rate!r}")
         self.register_buffer("bins", torch.ones(bins))
 
-    def record(self, bins: Tensor) -> None:
+    def record(self, bins: Tensor | None) -> None:
         """Takes over the histogram a batch produced (in training mode)."""
-        if self.training:
+        if self.training and bins is not None:
             self.bins.copy_(bins)
 
     def extra_repr(self) -> str:

@@ -35,6 +35,8 @@ class Denoiser(nn.Module):
         sigma_data: standard deviation of the data.
     """
 
+    frequencies: Tensor
+
     def __init__(self, shape: tuple[int, ...], classes: int, width: int, depth: int, sigma_data: float) -> None:
         super().__init__()
         self.shape, self.sigma_data = shape, sigma_data
