@@ -46,6 +46,7 @@ RatioStats f_weights(const WeightCall& call, double* weights, float* new_bins) {
   const auto kind = static_cast<Divergence>(p.kind);
 
   // l = clamp(mean logit, low, high); a sample without a finite l stays NaN and out of every sum
+  std::vector<double> ratio(call.batch);
   double ratio_sum = 0, below = 0, above = 0, finite = 0;
   for (int64_t b = 0; b < call.batch; ++b) {
     double l = mean_logit(call, b);
@@ -57,7 +58,8 @@ RatioStats f_weights(const WeightCall& call, double* weights, float* new_bins) {
     above += l > p.high;
     l = l < p.low ? p.low : l > p.high ? p.high : l;
     weights[b] = l;
-    ratio_sum += bounded_ratio(l);
+    ratio[b] = bounded_ratio(l);
+    ratio_sum += ratio[b];
     finite += 1;
   }
   const RatioStats stats{ratio_sum / finite, below / finite, above / finite};
@@ -65,14 +67,13 @@ RatioStats f_weights(const WeightCall& call, double* weights, float* new_bins) {
   // bins[i] <- ema bins[i] + (1 - ema) mean_i where count_i > 0;  r <- r / (bins[i_b] + eps)
   if (call.bins != nullptr) {
     std::vector<double> count(call.n_bins), sum(call.n_bins), log_bin(call.n_bins);
-    const auto bin_of = [&](int64_t b) {
-      return time_bin(element(call.t, call.t_dtype, b * call.t_stride), p.min_t, p.max_t, call.n_bins);
-    };
+    std::vector<int> bin_of(call.batch);
     for (int64_t b = 0; b < call.batch; ++b) {
       if (std::isnan(weights[b])) continue;
-      const int i = bin_of(b);
+      const int i = time_bin(element(call.t, call.t_dtype, b * call.t_stride), p.min_t, p.max_t, call.n_bins);
+      bin_of[b] = i;
       count[i] += 1;
-      sum[i] += bounded_ratio(weights[b]);
+      sum[i] += ratio[b];
     }
     for (int i = 0; i < call.n_bins; ++i) {
       double bin = std::isfinite(call.bins[i]) && call.bins[i] >= 0 ? call.bins[i] : 1.0;  // never filled
@@ -81,7 +82,7 @@ RatioStats f_weights(const WeightCall& call, double* weights, float* new_bins) {
       log_bin[i] = std::log(bin + p.eps);
     }
     for (int64_t b = 0; b < call.batch; ++b)
-      if (!std::isnan(weights[b])) weights[b] -= log_bin[bin_of(b)];
+      if (!std::isnan(weights[b])) weights[b] -= log_bin[bin_of[b]];
   }
 
   // w = h(r);  w <- w / (mean w + eps)
