@@ -34,13 +34,17 @@ def eager_loss(x: Tensor, teacher: Tensor, fake: Tensor) -> Tensor:
 
 
 def eager_weights(logits: Tensor, t: Tensor, bins: Tensor) -> Tensor:
-    """Jensen-Shannon weights with a history of the ratio over ten time bins, likewise."""
+    """Jensen-Shannon weights with a history of the ratio over ten time bins, likewise: bincounts, boolean indexing."""
     ratio = logits.float().mean(1).clamp(-10, 10).exp().clamp(0.1, 20)
-    index = ((t.double()) * len(bins)).floor().long().clamp(0, len(bins) - 1)
-    count = torch.zeros_like(bins).index_add_(0, index, torch.ones_like(ratio))
-    total = torch.zeros_like(bins).index_add_(0, index, ratio)
-    bins.copy_(torch.where(count > 0, total / (count + 1e-6), bins))
-    ratio = ratio / (bins[index] + 1e-6)
+    index = (t.double() * len(bins)).floor().long().clamp(0, len(bins) - 1)
+    count = torch.bincount(index, minlength=len(bins)).float()
+    total = torch.bincount(index, weights=ratio, minlength=len(bins)).float()
+    filled = count > 0
+    means = total / (count + 1e-6)
+    history = bins.float()
+    history[filled] = 0.0 * history[filled] + means[filled]
+    bins.copy_(history)
+    ratio = ratio / (history[index] + 1e-6)
     h = 1 - 1 / (1 + ratio)
     return h / (h.mean() + 1e-6)
 
