@@ -79,24 +79,15 @@ def choose(device: torch.device) -> str:
         RuntimeError: the chosen or default one cannot.
     """
     if torch.compiler.is_compiling():
-        return _constant_choice(_override, device.type)
-    return _chosen.get((_override, device.type)) or _choose(_override, device.type)
+        return _decide(_override, device.type)
+    key = (_override, device.type)
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = _decide(*key)
+    return found
 
 
 _chosen: dict[tuple[str | None, str], str] = {}
-
-
-def _choose(override: str | None, device_type: str) -> str:
-    _chosen[override, device_type] = name = _decide(override, device_type)
-    return name
-
-
-def _constant_choice(override: str | None, device_type: str) -> str:
-    return _decide(override, device_type)
-
-
-# What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo with this package.
-_constant_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _decide(override: str | None, device_type: str) -> str:
@@ -123,6 +114,10 @@ def _decide(override: str | None, device_type: str) -> str:
             warnings.warn(f"fdistill_ops runs in plain PyTorch, slowly: {reason}", RuntimeWarning, stacklevel=5)
         return "reference"
     return name
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo with this package.
+_decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def kernels(device: torch.device) -> Any:
