@@ -33,6 +33,14 @@ OptionalTensors = tuple[
 """weight, teacher_uncond, guidance_scale, mask, x_t, alpha, sigma, normalizer: the order every layer keeps."""
 
 
+def compute_dtype(*inputs: Tensor | None) -> torch.dtype:
+    """The type of the arithmetic on these inputs, and of a loss: float64 where one of them is, else float32."""
+    for tensor in inputs:
+        if tensor is not None and tensor.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
+
+
 def dense(value: Any, name: str) -> Tensor:
     """A strided, non-distributed tensor, or a TypeError that names the argument."""
     if type(value) not in _PLAIN_TYPES:

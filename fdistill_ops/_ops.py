@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from . import backends
 from ._autograd import refuse_double_backward
-from ._checks import OptionalTensors
+from ._checks import OptionalTensors, compute_dtype
 from .params import REDUCTIONS, LossParams, WeightParams, schema
 from .stats import FIELDS
 
@@ -131,11 +131,6 @@ def _present(outputs: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ..
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in outputs)
 
 
-def _loss_dtype(*tensors: Tensor | None) -> torch.dtype:
-    is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if is_double else torch.float32
-
-
 def _fake_loss(
     x: Tensor, dtype: torch.dtype, params: LossParams, gradients: Sequence[Tensor | None]
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
@@ -157,7 +152,7 @@ def _f_weights(logits: Tensor, t: Tensor | None, bins: Tensor | None, *numbers: 
 
 
 def _f_weights_fake(logits: Tensor, t: Tensor | None, bins: Tensor | None, *numbers: Any) -> Any:
-    dtype = _loss_dtype(logits)
+    dtype = compute_dtype(logits)
     return (
         logits.new_empty(logits.shape[0], dtype=dtype),
         logits.new_empty(0) if bins is None else torch.empty_like(bins),
@@ -193,7 +188,7 @@ def _distribution_matching(x: Tensor, teacher: Tensor, fake: Tensor, *rest: Any)
 
 def _distribution_matching_fake(x: Tensor, teacher: Tensor, fake: Tensor, *rest: Any) -> Any:
     params, need_grad = LossParams(*rest[_N_TENSORS:-1]), rest[-1]
-    dtype = _loss_dtype(x, teacher, fake, rest[1], rest[4])
+    dtype = compute_dtype(x, teacher, fake, rest[1], rest[4])
     loss, (gradient,), scale, stats = _fake_loss(x, dtype, params, [x if need_grad else None])
     return loss, gradient, scale, stats
 
@@ -322,7 +317,7 @@ def _score_identity_fake(
 ) -> Any:
     params, need_grads = LossParams(*rest[:_N_LOSS]), rest[_N_LOSS:]
     wanted = [tensor if need else None for tensor, need in zip((x, teacher, fake), need_grads, strict=True)]
-    loss, gradients, scale, stats = _fake_loss(x, _loss_dtype(x, teacher, fake), params, wanted)
+    loss, gradients, scale, stats = _fake_loss(x, compute_dtype(x, teacher, fake), params, wanted)
     return loss, *gradients, scale, stats
 
 

@@ -87,7 +87,7 @@ def staged_f_weights(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weights [B], the histogram after this batch, and [ratio mean, clipped low, clipped high]; ``reduce`` sums a
     vector over the ranks (one call for the histogram, one for the mean)."""
-    out_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    out_dtype = _checks.compute_dtype(logits)
     log_r = logits.to(out_dtype)
     log_r = log_r.mean(dim=1).double() if log_r.ndim == 2 else log_r.double()
     finite = log_r.isfinite()
@@ -310,7 +310,7 @@ def _score_difference(
     """g = w_b / (n_b + eps) * (fake - T) in the shape of x, n [B], and how many elements of g on the mask were not
     finite."""
     _, uncond, guidance, mask, x_t, alpha, sigma, normalizer = tensors
-    dtype = _compute_dtype(x, teacher, fake, uncond, x_t)
+    dtype = _checks.compute_dtype(x, teacher, fake, uncond, x_t)
     X, T, F = x.to(dtype), teacher.to(dtype), fake.to(dtype)
     if uncond is not None:
         scale = params.guidance_scale if guidance is None else rows_like(guidance, x).to(dtype)
@@ -338,11 +338,6 @@ def _coefficient(x: Tensor, n: Tensor, weight: Tensor | None, params: LossParams
     """w / (n_b + eps), shaped to broadcast against x."""
     k = rows_like(1 / (n + params.eps), x)
     return (k if weight is None else rows_like(weight.double(), x) * k).to(dtype)
-
-
-def _compute_dtype(*inputs: Tensor | None) -> torch.dtype:
-    is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in inputs)
-    return torch.float64 if is_double else torch.float32
 
 
 def _reduced(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._checks import OptionalTensors
+from .._checks import OptionalTensors, compute_dtype
 from ..params import REDUCTIONS, LossParams, WeightParams
 from ..stats import FIELDS
 
@@ -81,15 +81,14 @@ def _weight_arguments(
     heads = logits.shape[1] if logits.ndim == 2 else 1
     new_address = 0 if new_bins is None else new_bins.data_ptr()
     arguments = (logits.shape[0], heads, _record(logits), _record(t), bins_address, n_bins, new_address, params)
-    return (*arguments, bins, t), new_bins  # the last two only to be kept alive
+    return (*arguments, bins), new_bins  # the last only to be kept alive
 
 
 def f_weights(
     logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     arguments, new_bins = _weight_arguments(logits, t, bins, params)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    weights = torch.empty(logits.shape[:1], dtype=dtype, device="cpu")
+    weights = torch.empty(logits.shape[:1], dtype=compute_dtype(logits), device="cpu")
     ratio_stats = torch.empty(3, dtype=torch.float64, device="cpu")
     _C.f_weights(arguments, weights.data_ptr(), ratio_stats.data_ptr())
     return weights, _in_dtype_of(bins, new_bins), ratio_stats
@@ -114,15 +113,7 @@ def _loss(
     wanted)."""
     x, teacher, fake = inputs
     weight, uncond, guidance, mask, x_t, alpha, sigma, normalizer = tensors
-    double = torch.float64
-    wide = (
-        x.dtype is double
-        or teacher.dtype is double
-        or fake.dtype is double
-        or (uncond is not None and uncond.dtype is double)
-        or (x_t is not None and x_t.dtype is double)
-    )
-    dtype = double if wide else torch.float32
+    dtype = compute_dtype(x, teacher, fake, uncond, x_t)
     per_sample = params.reduction == _SAMPLE
     loss = torch.empty(x.shape[:1] if per_sample else (), dtype=dtype, device="cpu")
     scale = stats = None
@@ -150,7 +141,7 @@ def _loss(
         params,
         weight_arguments,
         score_identity,
-        wide,
+        dtype is torch.float64,
         loss.data_ptr(),
         0 if scale is None else scale.data_ptr(),
         0 if stats is None else stats.data_ptr(),
