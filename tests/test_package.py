@@ -23,7 +23,7 @@ BUILT = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
 def build(folder: Path, **environment: str) -> Path:
     """A wheel from a copy of the sources, unpacked. Returns the folder it was unpacked to."""
     source = folder / "source"
-    for name in ("csrc", "fdistill_ops"):
+    for name in ("csrc", "fdistill_ops", "kernels", "bench"):
         shutil.copytree(ROOT / name, source / name, ignore=BUILT)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, source / name)
@@ -52,8 +52,12 @@ def files(package: Path) -> set[str]:
 
 
 def modules() -> set[str]:
-    """Every Python file of the package in the source tree."""
-    return {path.relative_to(ROOT).as_posix() for path in (ROOT / "fdistill_ops").rglob("*.py")}
+    """Every Python file of the package in the source tree, as the wheel names it."""
+    own = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fdistill_ops").rglob("*.py")}
+    return own | {
+        f"fdistill_ops/{path.parent.name}/{path.name}"
+        for path in (*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/*.py"))
+    }
 
 
 def check_contents(package: Path) -> set[str]:

@@ -1,0 +1,1 @@
+"""The Triton kernels (installed as fdistill_ops.kernels). Importing this package does not import triton."""
