@@ -5,6 +5,7 @@ from typing import Any
 from . import reference
 from ._native import build_info
 from ._version import __version__
+from ._warmup import warmup
 from .backends import available_backends, empty_cache, set_backend, use_backend
 from .divergences import DIVERGENCES, Divergence, get_divergence, register_divergence
 from .losses import (
@@ -44,6 +45,7 @@ __all__ = [
     "testing",
     "to_x0",
     "use_backend",
+    "warmup",
 ]
 
 

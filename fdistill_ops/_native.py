@@ -45,14 +45,14 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dictionary: ``version``; ``compiled`` (bool) and, where it is False, ``reason``; ``compiler`` and ``isas``
         (instruction sets in the binary) from the build; ``isa`` (the one in use), ``threading`` (whose threads the
-        kernels run on) and ``backends`` (available names).
+        kernels run on); ``backends`` (available names) and ``unavailable`` (why another is not, by name).
     """
     from . import __version__
-    from .backends import available_backends
+    from .backends import available_backends, unavailable_backends
 
     native = module()
     info: dict[str, Any] = {"version": __version__, "compiled": native is not None, "reason": _reason}
     info |= {key: value for key, value in _build_record().items() if key != "skipped"}
     if native is not None:
         info |= {"isa": native.isa(), "threading": native.threading()}
-    return info | {"backends": available_backends()}
+    return info | {"backends": available_backends(), "unavailable": unavailable_backends()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,21 @@ import pytest
 import torch
 from torch import Tensor
 
-import fdistill_ops as fd
-from fdistill_ops.testing import assert_close, poison
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+
+import fdistill_ops as fd  # noqa: E402
+from fdistill_ops.testing import assert_close, poison  # noqa: E402
 
 # Back end, and the device whose tensors it is tested on. Every test with the ``backend`` fixture runs once for each.
-BACKENDS = [("reference", "cpu"), ("cpu", "cpu")]
+BACKENDS = [
+    ("reference", "cpu"),
+    ("cpu", "cpu"),
+    pytest.param(("triton", "cuda"), marks=pytest.mark.gpu) if GPU else ("triton", "cpu"),
+]
+
+INTERPRETED = (("triton", "cpu"),)
 
 _COMMON: dict[str, Any] = {
     "deadline": None,
@@ -35,6 +46,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
     config.addinivalue_line("markers", "no_poison: freshly allocated memory is left as it is")
     hypothesis.settings.load_profile(config.getoption("--hypothesis-profile", None) or "ci")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Fewer examples where kernels are interpreted, a hundred times as slowly as they run."""
+    test = getattr(item, "obj", None)
+    if not hasattr(test, "_hypothesis_internal_use_settings"):
+        return
+    settings = hypothesis.settings()
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    if parameters.get("backend") in INTERPRETED:
+        settings = hypothesis.settings(settings, max_examples=settings.max_examples // 5)
+    test._hypothesis_internal_use_settings = settings
 
 
 @dataclass(frozen=True)
@@ -58,6 +81,25 @@ class Backend:
 
     def leaf(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
         return self.randn(*shape, dtype=dtype, seed=seed).requires_grad_()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> None:
+    """Triton's interpreter replaces the functions of its language at every call of a device function, also where that
+    is done already: nine tenths of its time."""
+    try:
+        from triton.language import core
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+
+    def call(self: Any, *arguments: Any, **more: Any) -> Any:
+        languages = [v for v in self.fn.__globals__.values() if v is interpreter.tl or v is core]
+        if any(core.is_builtin(language.full) for language in languages):
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*arguments, **more)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(params=BACKENDS, ids=lambda entry: entry[0])

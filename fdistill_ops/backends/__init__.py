@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -19,8 +20,8 @@ import torch
 
 from .. import _native
 
-NAMES = ("reference", "cpu")
-_DEFAULT = {"cpu": "cpu"}
+NAMES = ("reference", "cpu", "triton")
+_DEFAULT = {"cpu": "cpu", "cuda": "triton"}
 _environment = os.environ.get("FDISTILL_BACKEND") or None
 _override: str | None = None
 _loaded: dict[str, Any] = {}
@@ -31,7 +32,31 @@ def _why_not(name: str) -> str | None:
     """Why a back end cannot run here; None where it can."""
     if name == "cpu" and _native.module() is None:
         return f"the back end 'cpu' is not available: {_native.reason()}"
+    if name == "triton":
+        return _why_not_triton()
     return None
+
+
+def _why_not_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the back end 'triton' is not available: triton is not installed (pip install triton)"
+    if not _triton_interprets() and not torch.cuda.is_available():
+        return (
+            "the back end 'triton' is not available: PyTorch finds no GPU (TRITON_INTERPRET=1 runs it, slowly, without)"
+        )
+    return None
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _serves(name: str, device_type: str) -> bool:
+    if name == "reference":
+        return True
+    if name == "triton":
+        return device_type == ("cpu" if _triton_interprets() else "cuda")
+    return name == device_type
 
 
 def available_backends() -> tuple[str, ...]:
@@ -39,9 +64,14 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in NAMES if _why_not(name) is None)
 
 
+def unavailable_backends() -> dict[str, str]:
+    """Why each of the others cannot run here."""
+    return {name: reason for name in NAMES if (reason := _why_not(name)) is not None}
+
+
 def set_backend(name: str | None) -> None:
     """Makes every call use that back end. None restores the environment variable FDISTILL_BACKEND or, without one,
-    the default (cpu for CPU tensors).
+    the default (cpu for CPU tensors, triton for CUDA tensors).
 
     Raises:
         ValueError: unknown name.
@@ -97,7 +127,7 @@ def _decide(override: str | None, device_type: str) -> str:
         name = _environment
         _check_name(name, "FDISTILL_BACKEND")
     if name is not None:
-        if name not in ("reference", device_type):
+        if not _serves(name, device_type):
             raise RuntimeError(f"the back end {name!r} cannot serve {device_type} tensors")
         if reason := _why_not(name):
             raise RuntimeError(reason)
@@ -105,8 +135,7 @@ def _decide(override: str | None, device_type: str) -> str:
     name = _DEFAULT.get(device_type)
     if name is None:
         raise RuntimeError(
-            f"no fused back end serves {device_type} tensors yet; "
-            "fd.set_backend('reference') runs them in plain PyTorch"
+            f"no fused back end serves {device_type} tensors; fd.set_backend('reference') runs them in plain PyTorch"
         )
     if reason := _why_not(name):
         if not _warned:

@@ -12,6 +12,7 @@ from .. import _native
 from .._checks import OptionalTensors, compute_dtype
 from ..params import REDUCTIONS, LossParams, WeightParams
 from ..stats import FIELDS
+from ._shared import batched, histogram_buffers, in_dtype_of, is_dense, plain, scaled
 
 name = "cpu"
 
@@ -31,51 +32,30 @@ _DTYPES = {
 _POOLED_BYTES = 1 << 20
 _SAMPLE = REDUCTIONS["sample"]
 _from_dlpack = torch._C._from_dlpack
-_is_batched = torch._C._functorch.is_batchedtensor
-_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _record(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...], Tensor] | None:
     """(address, dtype, strides), and the tensor itself, which keeps the memory alive."""
     if tensor is None:
         return None
-    if tensor.is_neg():  # a view whose memory holds the negated values
-        tensor = tensor.resolve_neg()
-    address = tensor.data_ptr()
-    if address == 0 and tensor.numel() > 0:  # a zero tensor without memory, as automatic differentiation makes them
-        tensor = tensor.clone()
-        address = tensor.data_ptr()
-    return address, _DTYPES[tensor.dtype], tensor.stride(), tensor
+    tensor = plain(tensor)
+    return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride(), tensor
 
 
 def _gradient_like(x: Tensor) -> Tensor:
     """Uninitialised, with x's shape, dtype and (where they are dense) strides. Large ones reuse the memory of earlier
     gradients: fresh memory costs more in page faults than the gradient takes to write."""
     bytes_ = x.numel() * x.itemsize
-    if bytes_ < _POOLED_BYTES or not (x.is_contiguous() or _is_dense(x)):
+    if bytes_ < _POOLED_BYTES or not (x.is_contiguous() or is_dense(x)):
         return torch.empty_like(x)
     return _from_dlpack(_C.pooled_empty(tuple(x.shape), x.stride(), _DTYPES[x.dtype], bytes_))
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill their memory without gap or overlap, in whatever order (channels_last, say)."""
-    expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
 
 
 def _weight_arguments(
     logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
 ) -> tuple[tuple[Any, ...], Tensor | None]:
-    new_bins, bins_address, n_bins = None, 0, 0
-    if bins is not None:
-        bins = bins if bins.dtype == torch.float32 and bins.is_contiguous() else bins.float().contiguous()
-        new_bins = torch.empty_like(bins)
-        bins_address, n_bins = bins.data_ptr(), bins.numel()
+    bins, new_bins = histogram_buffers(bins)
+    bins_address, n_bins = (0, 0) if bins is None else (bins.data_ptr(), bins.numel())
     if t is not None and t.dtype not in _DTYPES:
         t = t.double()
     heads = logits.shape[1] if logits.ndim == 2 else 1
@@ -91,13 +71,7 @@ def f_weights(
     weights = torch.empty(logits.shape[:1], dtype=compute_dtype(logits), device="cpu")
     ratio_stats = torch.empty(3, dtype=torch.float64, device="cpu")
     _C.f_weights(arguments, weights.data_ptr(), ratio_stats.data_ptr())
-    return weights, _in_dtype_of(bins, new_bins), ratio_stats
-
-
-def _in_dtype_of(bins: Tensor | None, new_bins: Tensor | None) -> Tensor | None:
-    if bins is None or new_bins is None or bins.dtype == new_bins.dtype:
-        return new_bins
-    return new_bins.double().clamp(max=torch.finfo(bins.dtype).max).to(bins.dtype)
+    return weights, in_dtype_of(bins, new_bins), ratio_stats
 
 
 def _loss(
@@ -107,7 +81,7 @@ def _loss(
     gradients: Sequence[Tensor | None],
     weight_arguments: tuple[Any, ...] | None,
     score_identity: bool,
-    scaled: bool = True,
+    with_scale: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Runs the kernel. The loss, the scale of float16 gradients (None without such), the statistics (None unless
     wanted)."""
@@ -117,7 +91,7 @@ def _loss(
     per_sample = params.reduction == _SAMPLE
     loss = torch.empty(x.shape[:1] if per_sample else (), dtype=dtype, device="cpu")
     scale = stats = None
-    if scaled and any(g is not None and g.dtype is torch.float16 for g in gradients):
+    if with_scale and any(g is not None and g.dtype is torch.float16 for g in gradients):
         scale = torch.empty(x.shape[:1], dtype=dtype, device="cpu")
     if params.need_stats:
         stats = torch.empty(len(FIELDS), dtype=dtype, device="cpu")
@@ -168,7 +142,7 @@ def difference(
 ) -> Tensor:
     """g: the gradient of the sum (params.reduction)."""
     g = _gradient_like(x) if out is None else out
-    _loss((x, teacher, fake), tensors, params, (g, None, None), None, False, scaled=False)
+    _loss((x, teacher, fake), tensors, params, (g, None, None), None, False, with_scale=False)
     return g
 
 
@@ -187,7 +161,7 @@ def f_distill(
     arguments, new_bins = _weight_arguments(logits, t, bins, weight_params)
     gradient = _gradient_like(x) if need_grad else None
     loss, scale, stats = _loss((x, teacher, fake), tensors, params, (gradient, None, None), arguments, False)
-    return loss, gradient, scale, stats, _in_dtype_of(bins, new_bins)
+    return loss, gradient, scale, stats, in_dtype_of(bins, new_bins)
 
 
 def score_identity(
@@ -213,8 +187,8 @@ def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, kee
     is what float16 gradients were stored without (csrc/cpu/loss.cpp). Reading the factor costs nothing: it is in
     host memory."""
     factor = upstream if scale is None or gradient.dtype is not torch.float16 else upstream * scale
-    if _is_batched(factor) or _is_legacy_batched(factor):  # several incoming gradients at once
-        return (gradient * factor.reshape(factor.shape + (1,) * (gradient.ndim - factor.ndim))).to(gradient.dtype)
+    if batched(factor):
+        return scaled(gradient, factor)
     if factor.ndim == 0:
         number = factor.item()
         if number == 1.0:
@@ -222,5 +196,6 @@ def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, kee
         return gradient * number if keep else gradient.mul_(number)
     if bool((factor == 1.0).all()):
         return gradient.clone() if keep else gradient
-    rows = factor.reshape(factor.shape + (1,) * (gradient.ndim - 1))
-    return (gradient * rows).to(gradient.dtype) if keep else gradient.mul_(rows)
+    if keep:
+        return scaled(gradient, factor)
+    return gradient.mul_(factor.reshape(factor.shape + (1,) * (gradient.ndim - 1)))

@@ -1,0 +1,534 @@
+"""The Triton back end (kernels/) for CUDA tensors, NVIDIA and AMD; for CPU tensors where Triton interprets its kernels.
+
+What runs:
+
+- f_weights: one launch, of one program.
+- A loss whose samples fit in a program's registers: one launch, which also makes the weights from the logits unless
+  those are many.
+- A loss of larger samples: one launch, before it one for the weights from logits.
+- With a mask and a loss that is a mean over it: PyTorch's sum of the mask first.
+
+Block sizes follow from the number of elements and the dtypes by fixed rules. Operands whose layout takes more than
+three dimensions to describe are copied.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton import language as tl
+
+from .._checks import OptionalTensors, compute_dtype
+from ..kernels.loss import COUNTERS, chunk_kernel, sample_kernel
+from ..kernels.scale import scale_kernel
+from ..kernels.summary import FIELDS as SCRATCH_FIELDS
+from ..kernels.weights import f_weights_kernel
+from ..params import NORMALIZERS, REDUCTIONS, LossParams, WeightParams
+from ..predictions import rows_like
+from ..stats import FIELDS
+from ._layout import Strides, plan
+from ._shared import batched, histogram_buffers, in_dtype_of, is_dense, plain, scaled
+
+name = "triton"
+
+INTERPRETED: bool = knobs.runtime.interpret
+MAX_BINS = 4096
+_COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
+_MEAN, _, _SAMPLE = REDUCTIONS.values()
+_MEAN_ABS = NORMALIZERS["mean_abs"]
+_N_SCRATCH, _N_COUNTERS = SCRATCH_FIELDS.value, COUNTERS.value
+
+# Block sizes, in elements.
+_THREADS = 512  # of a program that holds a sample
+_CHUNK_BYTES = 8192  # of an operand, in a program that works on a part of a sample
+_PARTS = 512  # chunks of a sample, at most
+_INLINE_LOGITS = 4096  # above, the weights get a launch of their own
+_INLINE_BINS = 32
+
+
+class Device(NamedTuple):
+    """What the launches depend on."""
+
+    processors: int
+    cache_bytes: int
+    warp: int
+    nvidia: bool
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    if device.type == "cpu":  # interpreted: as on an H100
+        return Device(132, 50 << 20, 32, True)
+    found = torch.cuda.get_device_properties(device)
+    return Device(found.multi_processor_count, found.L2_cache_size, found.warp_size, torch.version.hip is None)
+
+
+class Program(NamedTuple):
+    """Elements and threads of one program; registers of a thread, which NVIDIA's assembler otherwise spills to have
+    fewer."""
+
+    block: int
+    threads: int
+    registers: int = 128
+
+    def options(self, device: Device) -> dict[str, int]:
+        options = {"num_warps": max(1, self.threads // device.warp)}
+        return options | {"maxnreg": self.registers} if device.nvidia else options
+
+
+def launch(kernel: Any, grid: int, device: torch.device, program: Program, *arguments: Any, **constants: Any) -> None:
+    """Every launch goes through here."""
+    options = program.options(device_of(device))
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        with torch.cuda.device(device):
+            kernel[(grid,)](*arguments, **constants, **options)
+    else:
+        kernel[(grid,)](*arguments, **constants, **options)
+
+
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def _zeros(n: int, device: torch.device) -> Tensor:
+    """n int64 zeros that the kernel leaves as zeros. One buffer for each stream, whose launches follow one another; a
+    CUDA graph gets its own, which it clears."""
+    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(n, dtype=torch.int64, device=device)
+    stream = torch.cuda.current_stream(device)
+    key = (stream.device_index, stream.cuda_stream)
+    found = _counters.get(key)
+    if found is None or found.numel() < n:
+        found = _counters[key] = torch.zeros(max(n, 4096), dtype=torch.int64, device=device)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+class _Weights(NamedTuple):
+    """The arguments of the kernels that make weights from logits."""
+
+    source: tuple[Tensor, Strides, Tensor | None, int]
+    bins: Tensor | None
+    new_bins: Tensor | None
+    heads: int
+    numbers: tuple[float, ...]
+    constants: dict[str, Any]
+
+    @property
+    def batch(self) -> int:
+        return self.source[0].shape[0]
+
+    @property
+    def n_bins(self) -> int:
+        return 0 if self.bins is None else self.bins.numel()
+
+    @property
+    def fit_beside_a_sample(self) -> bool:
+        return self.batch * self.heads <= _INLINE_LOGITS and self.n_bins <= _INLINE_BINS
+
+
+def _weights(logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams) -> _Weights:
+    logits = plain(logits)
+    if t is not None:
+        t = plain(t)
+        if t.dtype not in _TIME_DTYPES:
+            t = t.double()
+    bins, new_bins = histogram_buffers(bins)
+    n_bins = 0 if bins is None else bins.numel()
+    if n_bins > MAX_BINS:
+        raise ValueError(f"histogram has {n_bins} bins; the back end 'triton' takes {MAX_BINS} at most")
+    heads, head_stride = (logits.shape[1], logits.stride(1)) if logits.ndim == 2 else (1, 1)
+    constants = {
+        "KIND": params.kind,
+        "NORMALIZE": params.normalize,
+        "BINS": 0 if bins is None else max(16, triton.next_power_of_2(n_bins)),
+    }
+    numbers = (params.low, params.high, params.min_t, params.max_t, params.ema_rate, params.eps, params.a)
+    source = (logits, (logits.stride(0), head_stride), t, 0 if t is None else t.stride(0))
+    return _Weights(source, bins, new_bins, heads, numbers, constants)
+
+
+_TIME_DTYPES = frozenset(
+    (
+        torch.float32,
+        torch.float64,
+        torch.bfloat16,
+        torch.float16,
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+    )
+)
+
+
+def _compute_weights(w: _Weights, zero: bool) -> tuple[Tensor, Tensor]:
+    """[B] weights, [3] statistics of the ratios."""
+    logits = w.source[0]
+    weights = torch.empty(logits.shape[:1], dtype=compute_dtype(logits), device=logits.device)
+    ratio_stats = torch.empty(3, dtype=torch.float64, device=logits.device)
+    rows = 512 if not w.constants["BINS"] else min(512, max(16, 8192 // w.constants["BINS"]))
+    launch(
+        f_weights_kernel,
+        1,
+        logits.device,
+        Program(rows, 256, 255),
+        w.source,
+        w.bins,
+        w.new_bins,
+        weights,
+        ratio_stats,
+        w.batch,
+        w.heads,
+        w.n_bins,
+        *w.numbers,
+        **w.constants,
+        ZERO=zero,
+        ROWS=rows,
+    )
+    return weights, ratio_stats
+
+
+def f_weights(
+    logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    arguments = _weights(logits, t, bins, params)
+    weights, ratio_stats = _compute_weights(arguments, params.zero_nonfinite)
+    return weights, in_dtype_of(bins, arguments.new_bins), ratio_stats
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+
+class _Operands(NamedTuple):
+    """Tensors as a loss kernel takes them (kernels/loss.py), and where their elements lie."""
+
+    inputs: tuple[tuple[Tensor | None, ...], tuple[Strides | None, ...]]
+    targets: tuple[tuple[Tensor | None, ...], tuple[Strides | None, ...]]
+    inner: tuple[int, int]
+
+    @property
+    def rows_within_samples(self) -> bool:
+        """Whether a coefficient differs within a sample."""
+        return any(strides is not None and len(strides) > 1 for strides in self.inputs[1][6:9])
+
+
+def _laid_out(
+    elementwise: Sequence[Tensor | None],
+    rows: Sequence[Tensor | None],
+    scalars: Sequence[Tensor | None],
+    targets: Sequence[Tensor | None],
+    leader: Tensor,
+) -> _Operands | None:
+    """``elementwise``: x, teacher, fake, uncond, x_t, mask; ``rows``: weight, alpha, sigma; ``scalars``: guidance,
+    normalizer. None where the layout takes too many dimensions."""
+    everything = (*targets, *elementwise, *rows)
+    of_all = tuple(None if tensor is None else tensor.stride() for tensor in everything)
+    layout = plan(tuple(leader.shape), leader.stride(), of_all, len(rows))
+    if layout is None:
+        return None
+    of_scalars = tuple(None if s is None else (s.stride(0) if s.ndim else 0,) for s in scalars)
+    inputs = ((*elementwise, *rows, *scalars), (*layout.strides[3:], *of_scalars))
+    return _Operands(inputs, (tuple(targets), layout.strides[:3]), layout.inner)
+
+
+def _operands(
+    x: Tensor,
+    elementwise: Sequence[Tensor | None],
+    rows: Sequence[Tensor | None],
+    scalars: Sequence[Tensor | None],
+    targets: Sequence[Tensor | None],
+) -> _Operands:
+    leader = next((tensor for tensor in targets if tensor is not None), x)
+    found = _laid_out(elementwise, rows, scalars, targets, leader)
+    if found is None:  # copies of what is not contiguous; then of coefficients too
+        elementwise = [tensor if tensor is None else tensor.contiguous() for tensor in elementwise]
+        targets = [t if t is None or t.is_contiguous() else torch.empty_like(t, memory_format=_DENSE) for t in targets]
+        leader = x.contiguous()
+        found = _laid_out(elementwise, rows, scalars, targets, leader)
+    if found is None:
+        rows = [tensor if tensor is None else rows_like(tensor, x).expand_as(x).contiguous() for tensor in rows]
+        found = _laid_out(elementwise, rows, scalars, targets, leader)
+    assert found is not None
+    return found
+
+
+_DENSE = torch.contiguous_format
+
+
+def _sample_program(N: int, dtype: torch.dtype, heavy: bool, rows: bool) -> Program | None:
+    """The program that holds a whole sample; None where its registers would not do. ``heavy``: it holds more than x,
+    teacher and fake; ``rows``: coefficients for every element."""
+    block = max(32, triton.next_power_of_2(N))
+    limit = 16384 if dtype is torch.float32 else 4096
+    limit = limit // 8 if rows else limit // 2 if heavy else limit
+    if block > limit:
+        return None
+    threads = min(_THREADS, max(128, block // (4 if rows else 16)))
+    return Program(block, threads, 128 if threads > 256 or dtype is torch.float32 else 255)
+
+
+def _chunk_program(itemsize: int, dtype: torch.dtype, heavy: bool) -> Program:
+    """The program that works on a part of a sample."""
+    block = _CHUNK_BYTES // max(itemsize, 2 if dtype is torch.float32 else 8)
+    return Program(block // 2 if heavy else block, 256)
+
+
+def _loss(
+    inputs: Sequence[Tensor],
+    tensors: OptionalTensors,
+    params: LossParams,
+    targets: Sequence[Tensor | None],
+    logits: _Weights | None = None,
+    zero_weights: bool = False,
+    identity: bool = False,
+    with_scale: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Runs the kernels. The loss, the scale of float16 gradients (None without such), the statistics (None unless
+    wanted)."""
+    x, teacher, fake, weight, uncond, guidance, mask, x_t, alpha, sigma, normalizer = (
+        tensor if tensor is None else plain(tensor) for tensor in (*inputs, *tensors)
+    )
+    assert x is not None and teacher is not None and fake is not None
+    dtype, device = compute_dtype(x, teacher, fake, uncond, x_t), x.device
+    B, N = x.shape[0], math.prod(x.shape[1:])
+    measures = params.normalizer == _MEAN_ABS
+
+    loss = torch.empty((B,) if params.reduction == _SAMPLE else (), dtype=dtype, device=device)
+    half = with_scale and any(target is not None and target.dtype is torch.float16 for target in targets)
+    scale = torch.empty(B, dtype=dtype, device=device) if half else None
+    stats = torch.empty(len(FIELDS), dtype=dtype, device=device) if params.need_stats else None
+
+    elementwise = [
+        x if measures or identity else None,
+        teacher,
+        fake,
+        uncond,
+        x_t if measures else None,
+        None if mask is None else mask.view(torch.uint8),
+    ]
+
+    def operands(weight: Tensor | None) -> _Operands:
+        return _operands(x, elementwise, [weight, alpha, sigma], [guidance, normalizer], targets)
+
+    found = operands(weight)
+    rows = found.rows_within_samples
+    heavy = identity or uncond is not None or x_t is not None or rows
+    program = _sample_program(N, dtype, heavy, rows)
+    ratio_stats = None
+    if logits is not None:
+        if program is None or not logits.fit_beside_a_sample:
+            weight, ratio_stats = _compute_weights(logits, zero_weights)
+            logits = None
+            found = operands(weight)
+        else:
+            ratio_stats = torch.empty(3, dtype=torch.float64, device=device)
+
+    count = None
+    if mask is not None and params.reduction == _MEAN:
+        count = mask.sum()
+    elif mask is not None and params.reduction == _SAMPLE and program is None:
+        count = mask.sum(tuple(range(1, mask.ndim)))
+    weight_rows, n_weight_rows = None, B
+    if stats is not None and weight is not None:
+        weight_rows, n_weight_rows = weight.reshape(-1), weight.numel()
+    constants = {
+        "C": _COMPUTE[dtype],
+        "PREDICTION": params.prediction,
+        "NORM": params.normalizer,
+        "REDUCTION": params.reduction,
+        "ZERO": params.zero_nonfinite,
+        "IDENTITY": identity,
+    }
+    numbers = (params.eps, params.guidance_scale, params.identity_alpha)
+    results = (loss, scale, stats)
+
+    if program is not None:
+        resident = device_of(device).processors * (2048 // program.threads)
+        grid = max(1, min(B, resident))
+        launch(
+            sample_kernel,
+            grid,
+            device,
+            program,
+            found.inputs,
+            found.targets,
+            results,
+            torch.empty(_N_SCRATCH * B, dtype=torch.float64, device=device),
+            _zeros(1, device),
+            count,
+            weight_rows,
+            n_weight_rows,
+            B,
+            N,
+            *found.inner,
+            *numbers,
+            *_NO_LOGITS if logits is None else (logits.source, logits.bins, logits.new_bins),
+            ratio_stats,
+            *(1, 0, *_NO_NUMBERS) if logits is None else (logits.heads, logits.n_bins, *logits.numbers),
+            **constants,
+            **_NO_WEIGHTS if logits is None else logits.constants,
+            WEIGHT_ZERO=zero_weights,
+            ROWS=128,
+            BLOCK=program.block,
+        )
+    else:
+        program = _chunk_program(x.itemsize, dtype, heavy)
+        steps = triton.cdiv(triton.cdiv(N, program.block), _PARTS)
+        chunks = triton.cdiv(N, program.block * steps)
+        read_twice = (
+            N * (teacher.itemsize + (0 if uncond is None else uncond.itemsize)) * (2 if half or identity else 1)
+        )
+        group = max(1, min(B, device_of(device).cache_bytes // (8 * read_twice)))
+        groups = triton.cdiv(B, group)
+        turns = 2 if measures or half else 1
+        scratch = torch.empty(B * (_N_SCRATCH + chunks * (2 + _N_SCRATCH)), dtype=torch.float64, device=device)
+        samples, measured, finished = scratch.split([B * _N_SCRATCH, B * chunks * 2, B * chunks * _N_SCRATCH])
+        launch(
+            chunk_kernel,
+            turns * groups * group * chunks,
+            device,
+            program,
+            found.inputs,
+            found.targets,
+            results,
+            samples,
+            measured,
+            finished,
+            _zeros(_N_COUNTERS + 2 * B, device),
+            count,
+            weight_rows,
+            n_weight_rows,
+            ratio_stats,
+            B,
+            N,
+            *found.inner,
+            chunks,
+            steps,
+            group,
+            groups,
+            *numbers,
+            **constants,
+            PARTS=_PARTS,
+            BLOCK=program.block,
+        )
+    for target, written in zip(targets, found.targets[0], strict=True):
+        if target is not None and written is not None and written is not target:
+            target.copy_(written)
+    return loss, scale, stats
+
+
+_NO_LOGITS = (None, None, None)
+_NO_NUMBERS = (0.0,) * 7
+_NO_WEIGHTS = {"KIND": 0, "NORMALIZE": False, "BINS": 0}
+
+
+def distribution_matching(
+    x: Tensor,
+    teacher: Tensor,
+    fake: Tensor,
+    tensors: OptionalTensors,
+    params: LossParams,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    gradient = torch.empty_like(x) if need_grad else None
+    loss, scale, stats = _loss((x, teacher, fake), tensors, params, (gradient, None, None))
+    return loss, gradient, scale, stats
+
+
+def difference(
+    x: Tensor, teacher: Tensor, fake: Tensor, tensors: OptionalTensors, params: LossParams, out: Tensor | None
+) -> Tensor:
+    """g: the gradient of the sum (params.reduction)."""
+    g = torch.empty_like(x) if out is None else out
+    _loss((x, teacher, fake), tensors, params, (g, None, None), with_scale=False)
+    return g
+
+
+def f_distill(
+    x: Tensor,
+    teacher: Tensor,
+    fake: Tensor,
+    logits: Tensor,
+    t: Tensor | None,
+    bins: Tensor | None,
+    tensors: OptionalTensors,
+    weight_params: WeightParams,
+    params: LossParams,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    weights = _weights(logits, t, bins, weight_params)
+    gradient = torch.empty_like(x) if need_grad else None
+    zero = weight_params.zero_nonfinite
+    loss, scale, stats = _loss((x, teacher, fake), tensors, params, (gradient, None, None), weights, zero)
+    return loss, gradient, scale, stats, in_dtype_of(bins, weights.new_bins)
+
+
+def score_identity(
+    x: Tensor,
+    teacher: Tensor,
+    fake: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    normalizer: Tensor | None,
+    params: LossParams,
+    need_grads: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    inputs = (x, teacher, fake)
+    gradients = [torch.empty_like(tensor) if need else None for tensor, need in zip(inputs, need_grads, strict=True)]
+    tensors = (weight, None, None, mask, None, None, None, normalizer)
+    loss, scale, stats = _loss(inputs, tensors, params, gradients, identity=True)
+    return loss, *gradients, scale, stats
+
+
+# ---------------------------------------------------------------------------------------------------------- backward
+
+
+def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool) -> Tensor:
+    """A saved gradient times the incoming one (0-dimensional or [B]), in place unless the graph is kept: one launch,
+    which reads the factor on the device and touches nothing else where that is 1. ``scale`` [B]: what float16
+    gradients were stored without."""
+    if gradient.dtype is not torch.float16:
+        scale = None
+    if keep or batched(upstream) or upstream.is_neg() or upstream.data_ptr() == 0 or not _rows_are_dense(gradient):
+        factor = upstream if scale is None else upstream * scale
+        product = scaled(gradient, factor)
+        return product if keep or batched(factor) else gradient.copy_(product)
+    if gradient.numel() == 0:
+        return gradient
+    by_sample = upstream.ndim == 1 or scale is not None
+    B = gradient.shape[0] if by_sample else 1
+    N = gradient.numel() // B
+    program = Program(_CHUNK_BYTES // gradient.itemsize, 256)
+    chunks = triton.cdiv(N, program.block)
+    launch(
+        scale_kernel,
+        B * chunks,
+        gradient.device,
+        program,
+        gradient,
+        upstream,
+        upstream.stride(0) if upstream.ndim else 0,
+        scale,
+        N,
+        chunks,
+        C=_COMPUTE[upstream.dtype],
+        BLOCK=program.block,
+    )
+    return gradient
+
+
+def _rows_are_dense(gradient: Tensor) -> bool:
+    """Whether the samples lie one after the other, without gaps."""
+    if gradient.is_contiguous():
+        return True
+    return is_dense(gradient) and (gradient.shape[0] == 1 or gradient.stride(0) * gradient.shape[0] == gradient.numel())

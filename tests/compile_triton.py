@@ -1,0 +1,151 @@
+"""Compiles the Triton kernels that calls of the back end launch, for a GPU that need not be there, and prints what was
+made of them as JSON: registers spilled, widths of the loads and stores. Run by test_triton_compile.py, in a process of
+its own, since kernels are either interpreted or compiled:
+
+    python compile_triton.py sm_90          # one sample size for each kernel, the calls that need the most registers
+    python compile_triton.py sm_90 --all    # minutes
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from fdistill_ops.backends import triton as backend
+from fdistill_ops.params import LossParams, WeightParams
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+SAMPLES = {"latent": (4, 64, 64), "large": (16, 64, 64), "image": (3, 32, 32), "small latent": (8, 32, 32)}
+FEW_SAMPLES = ("latent", "large")
+FEW_CALLS = ("f_distill, statistics", "guided, converted, masked", "rows", "mixed", "score identity", "backward")
+
+
+class NoDriver:
+    """Stands for the driver of a GPU that is not there: enough to compile."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+
+def inspect_nvidia(cubin: bytes) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        listing = subprocess.run([TOOLS / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
+    local = re.findall(r"\b(?:STL|LDL)\b", listing)
+    return {
+        "registers": int(registers),
+        "spilled": int(stack) + len(local),
+        "wide_loads": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", listing)),
+        "wide_stores": len(re.findall(r"\bSTG\.E(?:\.\w+)*\.128\b", listing)),
+    }
+
+
+def inspect_amd(assembly: str) -> dict[str, Any]:
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])  # type: ignore[index]
+
+    return {
+        "registers": field("vgpr_count"),
+        "spilled": field("vgpr_spill_count") + field("private_segment_fixed_size"),
+        "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
+        "wide_stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", assembly)),
+    }
+
+
+def calls(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    """Calls of the back end, by name, on tensors of which only shapes, dtypes, strides and alignment matter."""
+    x, teacher, fake, uncond, x_t = (torch.empty(4, *shape, dtype=dtype) for _ in range(5))
+    inputs = (x, teacher, fake)
+    logits, t, bins = torch.empty(4, 2), torch.empty(4), torch.ones(10)
+    rows, schedule = torch.empty(4, shape[0]), torch.empty(4, dtype=torch.float64)
+    mask = torch.empty(4, *shape, dtype=torch.bool)
+    broadcast = torch.empty(4, 1, *shape[1:], dtype=torch.bool).expand(4, *shape)
+    other = torch.bfloat16 if dtype is torch.float32 else torch.float32
+
+    def matching(inputs: Any = inputs, reduction: int = 0, **tensors: Any) -> Any:
+        names = ("weight", "uncond", "guidance", "mask", "x_t", "alpha", "sigma", "normalizer")
+        params = LossParams(prediction=2 if "x_t" in tensors else 0, reduction=reduction, need_stats=True)
+        return lambda: backend.distribution_matching(*inputs, tuple(map(tensors.get, names)), params, True)
+
+    none = (None,) * 8
+    plain, counted = LossParams(), LossParams(need_stats=True)
+    return {
+        "f_distill": lambda: backend.f_distill(*inputs, logits[:, 0], None, None, none, WeightParams(), plain, True),
+        "f_distill, statistics": lambda: backend.f_distill(
+            *inputs, logits, t, bins, none, WeightParams(), counted, True
+        ),
+        "matching": matching(),
+        "difference": lambda: backend.difference(*inputs, none, LossParams(reduction=1), None),
+        "guided": matching(uncond=uncond, guidance=schedule),
+        "converted": matching(x_t=x_t, alpha=schedule, sigma=schedule),
+        "guided, converted, masked": matching(
+            uncond=uncond, x_t=x_t, alpha=schedule, sigma=schedule, weight=schedule, mask=mask
+        ),
+        "broadcast mask": matching(mask=broadcast, reduction=2),
+        "rows": matching(weight=rows, x_t=x_t, alpha=rows, sigma=schedule),
+        "mixed": matching((x, teacher.to(other), fake.to(other))),
+        "score identity": lambda: backend.score_identity(*inputs, schedule, None, None, counted, [True] * 3),
+        "backward": lambda: backend.scale_gradient(x, torch.ones(4), torch.ones(()), False),
+    }
+
+
+def main(target: GPUTarget, everything: bool) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    current: dict[str, str] = {}
+
+    def compile_only(kernel: Any, grid: int, device: torch.device, program: Any, *rest: Any, **constants: Any) -> None:
+        options = program.options(backend.device_of(device))
+        compiled = kernel.warmup(*rest, grid=(grid,), **constants, **options)
+        if compiled.hash in seen:
+            return
+        seen.add(compiled.hash)
+        is_nvidia = target.backend == "cuda"
+        facts = inspect_nvidia(compiled.asm["cubin"]) if is_nvidia else inspect_amd(compiled.asm["amdgcn"])
+        found.append(current | {"kernel": kernel.fn.__name__, "block": program.block} | facts)
+
+    driver.set_active(NoDriver(target))
+    backend.launch = compile_only
+    backend.device_of = lambda _: backend.Device(132, 50 << 20, target.warp_size, target.backend == "cuda")
+    for dtype_name, dtype in DTYPES.items():
+        for sample, shape in SAMPLES.items():
+            for name, call in calls(shape, dtype).items():
+                if everything or (sample in FEW_SAMPLES and name in FEW_CALLS):
+                    current = {"call": name, "dtype": dtype_name, "sample": sample}
+                    call()
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(TARGETS[sys.argv[1]], "--all" in sys.argv[2:]), indent=1))
