@@ -7,9 +7,10 @@ Formulas (x, T teacher, F fake, w weight; fdistill_ops/losses.py has their sourc
     g     = w c / (n_b + eps) (F - T)                      distribution matching: the term g^2 / 2 has the derivative g
     term  = k (T - F) ((T - x) - alpha (T - F)), k = w / (n_b + eps)                                     score identity
 
-``inputs`` is (pointers, strides), a pair of tuples in the order of the constants below, None for what is absent;
-``targets`` likewise, for the derivatives with respect to x, teacher and fake. Strides and ``block``: memory.py.
-Every sum is taken in a fixed order, whoever takes it.
+``inputs`` are the operands (memory.py) x, teacher, fake, uncond, x_t, mask, weight, alpha, sigma, guidance, normalizer;
+``targets`` those for the derivatives with respect to x, teacher and fake; ``results`` are pointers to the loss [] or
+[B], the scale of float16 gradients [B] and the statistics. None for what is absent. Every sum is taken in a fixed
+order, whoever takes it.
 """
 
 from __future__ import annotations
@@ -17,113 +18,71 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .memory import deliver, elements, place, row
-from .numeric import exponent_of, is_finite, number, power_of_two, widen
-from .summary import ABSOLUTE, BAD, COUNT, FIELDS, NORMALIZER_OF, SQUARES, TERMS, WEIGHT_OF, summarize
+from .memory import deliver, elements, of_sample, place, row
+from .numeric import exponent_of, is_finite, number, power_of_two
+from .summary import summarize
 from .weights import batch_statistics, keep_statistics, nothing, sample_weights
 
-X = tl.constexpr(0)
-TEACHER = tl.constexpr(1)
-FAKE = tl.constexpr(2)
-UNCOND = tl.constexpr(3)
-X_T = tl.constexpr(4)
-MASK = tl.constexpr(5)
-WEIGHT = tl.constexpr(6)
-ALPHA = tl.constexpr(7)
-SIGMA = tl.constexpr(8)
-GUIDANCE = tl.constexpr(9)
-NORMALIZER = tl.constexpr(10)
-
-# The results: the loss [] or [B], the scale of float16 gradients [B], the statistics.
-LOSS = tl.constexpr(0)
-SCALE = tl.constexpr(1)
-STATS = tl.constexpr(2)
-
-# Codes of fdistill_ops/params.py.
-EPS_PREDICTION = tl.constexpr(1)
-V_PREDICTION = tl.constexpr(2)
-FLOW_PREDICTION = tl.constexpr(3)
-MEAN_ABS = tl.constexpr(1)
-GIVEN = tl.constexpr(2)
-SUM = tl.constexpr(1)
-SAMPLE = tl.constexpr(2)
-
-# The counters of chunk_kernel: these, then [B] chunks measured, then [B] chunks finished.
-TICKETS = tl.constexpr(0)
-EXITED = tl.constexpr(1)
-COUNTERS = tl.constexpr(2)
+# The counters of chunk_kernel: tickets, programs that are done; then [B] chunks measured, [B] chunks finished.
+N_COUNTERS = 2
 
 
 # --------------------------------------------------------------------------------------------------------- one block
 
 
 @triton.jit
-def x0_coefficients(inputs, block, PREDICTION: tl.constexpr):
+def x0_coefficients(alpha, sigma, block, PREDICTION: tl.constexpr):
     """a and c of x0 = a x_t + c prediction, float64: numbers, or [BLOCK]."""
-    alpha = row(inputs[0][ALPHA], inputs[1][ALPHA], block, 1.0)
-    sigma = row(inputs[0][SIGMA], inputs[1][SIGMA], block, 0.0)
-    if PREDICTION == 0:
+    alpha, sigma = row(alpha, block, 1.0), row(sigma, block, 0.0)
+    if PREDICTION == "x0":
         return sigma, alpha  # 0 and 1
-    elif PREDICTION == EPS_PREDICTION:  # (x_t - sigma eps) / alpha
+    elif PREDICTION == "eps":  # (x_t - sigma eps) / alpha
         return 1.0 / alpha, -sigma / alpha
-    elif PREDICTION == V_PREDICTION:  # (alpha x_t - sigma v) / (alpha^2 + sigma^2)
+    elif PREDICTION == "v":  # (alpha x_t - sigma v) / (alpha^2 + sigma^2)
         power = alpha * alpha + sigma * sigma
         return alpha / power, -sigma / power
-    elif PREDICTION == FLOW_PREDICTION:  # (x_t - sigma u) / (alpha + sigma)
+    elif PREDICTION == "flow":  # (x_t - sigma u) / (alpha + sigma)
         return 1.0 / (alpha + sigma), -sigma / (alpha + sigma)
     else:  # score: (x_t + sigma^2 score) / alpha
         return 1.0 / alpha, sigma * sigma / alpha
 
 
 @triton.jit
-def teacher_prediction(inputs, block, guidance_scale, C: tl.constexpr, EVICT: tl.constexpr):
+def teacher_prediction(teacher, uncond, guidance, guidance_scale, block, C: tl.constexpr, EVICT: tl.constexpr):
     """T before its conversion to x0, guided where there is an unconditional prediction."""
-    T = elements(inputs[0][TEACHER], inputs[1][TEACHER], block, C, EVICT)
-    if inputs[0][UNCOND] is not None:
-        U = elements(inputs[0][UNCOND], inputs[1][UNCOND], block, C, EVICT)
-        if inputs[0][GUIDANCE] is not None:
-            s = widen(tl.load(inputs[0][GUIDANCE] + block[0] * inputs[1][GUIDANCE][0]), C)
-        else:
-            s = number(guidance_scale, C)
+    T = elements(teacher, block, C, EVICT)
+    if uncond is not None:
+        U = elements(uncond, block, C, EVICT)
+        s = number(guidance_scale, C) if guidance is None else of_sample(guidance, block[0], C)
         T = U + s * (T - U)
     return T
 
 
 @triton.jit
-def distances(inputs, block, x, T, a, c, C: tl.constexpr):
+def distances(x_t, block, x, T, a, c, C: tl.constexpr):
     """|x - T|, T as x0; 0 outside."""
-    if inputs[0][X_T] is not None:
-        T = a.to(C) * elements(inputs[0][X_T], inputs[1][X_T], block, C, "evict_first") + c.to(C) * T
+    if x_t is not None:
+        T = a.to(C) * elements(x_t, block, C, "evict_first") + c.to(C) * T
     return tl.where(block[3], tl.abs(x - T), 0.0)
 
 
 @triton.jit
-def counted(inputs, block):
+def counted(mask, block):
     """Which elements exist and are on the mask."""
-    if inputs[0][MASK] is not None:
-        on = tl.load(place(inputs[0][MASK], inputs[1][MASK], block), mask=block[3], other=0)
-        return block[3] & (on != 0)
+    if mask is not None:
+        return block[3] & (tl.load(place(mask, block), mask=block[3], other=0) != 0)
     else:
         return block[3]
 
 
 @triton.jit
-def count_of(inputs, block, on, N):
-    """How many of a sample's elements are on the mask."""
-    if inputs[0][MASK] is not None:
-        return tl.sum(on.to(tl.int32)).to(tl.float64)
-    else:
-        return tl.cast(N, tl.float64)
-
-
-@triton.jit
-def evaluate(x, T, F, k, on, identity_alpha, C: tl.constexpr, IDENTITY: tl.constexpr, ZERO: tl.constexpr):
+def evaluate(X, T, F, k, on, identity_alpha, C: tl.constexpr, IDENTITY: tl.constexpr, ZERO: tl.constexpr):
     """The terms of the loss (score identity) and its derivatives with respect to x, T and F (distribution matching: x
     alone), all 0 where they do not count; and which elements count and are not finite."""
     if IDENTITY:
         alpha = number(identity_alpha, C)
         difference = T - F
-        residual = (T - x) - alpha * difference
+        residual = (T - X) - alpha * difference
         terms = k * difference * residual
         d_x = -k * difference
         d_teacher = k * (difference + residual - alpha * difference)
@@ -173,42 +132,42 @@ def half_exponent(most):
 
 
 @triton.jit
-def deliver_mean(pointer, strides, block, derivative, divisor, half, C: tl.constexpr):
+def deliver_mean(target, block, derivative, divisor, half, C: tl.constexpr):
     """Stores a derivative of the mean, where it is wanted; a float16 one times 2^half."""
-    if pointer is not None:
+    if target is not None:
         factor = 1.0 / divisor
-        if pointer.dtype.element_ty == tl.float16:
+        if target[0].dtype.element_ty == tl.float16:
             factor *= power_of_two(half)
-        deliver(pointer, strides, block, derivative * factor.to(C))
+        deliver(target, block, derivative * factor.to(C))
 
 
 @triton.jit
 def deliver_all(targets, block, d_x, d_teacher, d_fake, divisor, half, C: tl.constexpr, IDENTITY: tl.constexpr):
-    deliver_mean(targets[0][0], targets[1][0], block, d_x, divisor, half, C)
+    deliver_mean(targets[0], block, d_x, divisor, half, C)
     if IDENTITY:
-        deliver_mean(targets[0][1], targets[1][1], block, d_teacher, divisor, half, C)
-        deliver_mean(targets[0][2], targets[1][2], block, d_fake, divisor, half, C)
+        deliver_mean(targets[1], block, d_teacher, divisor, half, C)
+        deliver_mean(targets[2], block, d_fake, divisor, half, C)
 
 
 # -------------------------------------------------------------------------------------------------------- one sample
 
 
 @triton.jit
-def given_normalizer(inputs, b, NORM: tl.constexpr):
-    if NORM == GIVEN:
-        return widen(tl.load(inputs[0][NORMALIZER] + b * inputs[1][NORMALIZER][0]), tl.float64)
-    else:
+def given_normalizer(normalizer, b):
+    if normalizer is None:
         return tl.full((), 1.0, tl.float64)
+    else:
+        return of_sample(normalizer, b, tl.float64)
 
 
 @triton.jit
 def mean_divisor(count, b, B, N, REDUCTION: tl.constexpr):
     """The number of elements the loss is a mean over, at least 1. count: how many are on the mask, in all or [B]."""
-    if REDUCTION == SUM:
+    if REDUCTION == "sum":
         n = tl.full((), 1.0, tl.float64)
     elif count is not None:
-        n = tl.load(count + (b if REDUCTION == SAMPLE else 0)).to(tl.float64)
-    elif REDUCTION == SAMPLE:
+        n = tl.load(count + (b if REDUCTION == "sample" else 0)).to(tl.float64)
+    elif REDUCTION == "sample":
         n = tl.cast(N, tl.float64)
     else:
         n = tl.cast(N, tl.float64) * tl.cast(B, tl.float64)
@@ -218,11 +177,12 @@ def mean_divisor(count, b, B, N, REDUCTION: tl.constexpr):
 @triton.jit
 def keep_sample(results, samples, b, B, term_sum, divisor, half, REDUCTION: tl.constexpr):
     """Stores a sample's part of the loss, its own loss, and the factor its float16 gradient was stored without."""
-    tl.store(samples + TERMS * B + b, term_sum / divisor)
-    if REDUCTION == SAMPLE:
-        tl.store(results[LOSS] + b, (term_sum / divisor).to(results[LOSS].dtype.element_ty))
-    if results[SCALE] is not None:
-        tl.store(results[SCALE] + b, power_of_two(-half).to(results[SCALE].dtype.element_ty))
+    loss, scale, _ = results
+    tl.store(samples + b, term_sum / divisor)
+    if REDUCTION == "sample":
+        tl.store(loss + b, (term_sum / divisor).to(loss.dtype.element_ty))
+    if scale is not None:
+        tl.store(scale + b, power_of_two(-half).to(scale.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["B", "heads", "n_bins", "n_weight_rows"])
@@ -277,6 +237,8 @@ def sample_kernel(
         if tl.program_id(0) == 0:
             keep_statistics(new_bins, ratio_stats, n_bins, updated, ratio_sum, n_below, n_above, n_counted, BINS)
 
+    x, teacher, fake, uncond, x_t, mask, weight, alpha, sigma, guidance, normalizer = inputs
+    loss, scale, stats = results
     lane = tl.arange(0, BLOCK)
     for index in range(tl.program_id(0), B, tl.num_programs(0)):
         b = tl.cast(index, tl.int64)
@@ -289,46 +251,44 @@ def sample_kernel(
                 )
             )
         else:
-            w = row(inputs[0][WEIGHT], inputs[1][WEIGHT], block, 1.0)
-        a, c = x0_coefficients(inputs, block, PREDICTION)
-        T = teacher_prediction(inputs, block, guidance_scale, C, "")
-        x = T
-        if IDENTITY or NORM == MEAN_ABS:
-            x = elements(inputs[0][X], inputs[1][X], block, C, "")
-        if NORM == MEAN_ABS:
-            apart = distances(inputs, block, x, T, a, c, C)
-            F = elements(inputs[0][FAKE], inputs[1][FAKE], block, C, "")
+            w = row(weight, block, 1.0)
+        a, c = x0_coefficients(alpha, sigma, block, PREDICTION)
+        T = teacher_prediction(teacher, uncond, guidance, guidance_scale, block, C, "")
+        X = T if x is None else elements(x, block, C, "")
+        if NORM == "mean_abs":
+            apart = distances(x_t, block, X, T, a, c, C)
+            F = elements(fake, block, C, "")
             n = tl.sum(apart).to(tl.float64) / N
         else:
-            F = elements(inputs[0][FAKE], inputs[1][FAKE], block, C, "")
-            n = given_normalizer(inputs, b, NORM)
-        on = counted(inputs, block)
+            F = elements(fake, block, C, "")
+            n = given_normalizer(normalizer, b)
+        on = counted(mask, block)
         k = (w * c / (n + number(eps, tl.float64))).to(C)
-        terms, d_x, d_teacher, d_fake, bad = evaluate(x, T, F, k, on, identity_alpha, C, IDENTITY, ZERO)
+        terms, d_x, d_teacher, d_fake, bad = evaluate(X, T, F, k, on, identity_alpha, C, IDENTITY, ZERO)
 
-        if results[STATS] is not None:
-            tl.store(samples + BAD * B + b, tl.sum(bad.to(tl.int32)).to(tl.float64))
-            tl.store(samples + NORMALIZER_OF * B + b, n)
+        if stats is not None:
+            tl.store(samples + 3 * B + b, tl.sum(bad.to(tl.int32)).to(tl.float64))
+            tl.store(samples + 5 * B + b, n)
             if source is not None:
-                tl.store(samples + WEIGHT_OF * B + b, w)
-        n_on = count_of(inputs, block, on, N)
-        divisor = tl.maximum(n_on, 1.0) if REDUCTION == SAMPLE else mean_divisor(count, b, B, N, REDUCTION)
+                tl.store(samples + 6 * B + b, w)
+        n_on = tl.cast(N, tl.float64) if mask is None else tl.sum(on.to(tl.int32)).to(tl.float64)
+        divisor = tl.maximum(n_on, 1.0) if REDUCTION == "sample" else mean_divisor(count, b, B, N, REDUCTION)
         half = tl.zeros((), tl.int64)
-        if results[SCALE] is not None:
+        if scale is not None:
             half = half_exponent(largest(d_x, d_teacher, d_fake, IDENTITY) / divisor)
         deliver_all(targets, block, d_x, d_teacher, d_fake, divisor, half, C, IDENTITY)
 
-        term_sum, squares = block_sums(terms, d_x, IDENTITY, results[STATS] is not None)
+        term_sum, squares = block_sums(terms, d_x, IDENTITY, stats is not None)
         keep_sample(results, samples, b, B, term_sum, divisor, half, REDUCTION)
-        if results[STATS] is not None:
-            tl.store(samples + COUNT * B + b, n_on)
-            tl.store(samples + SQUARES * B + b, squares)
-            tl.store(samples + ABSOLUTE * B + b, tl.sum(tl.abs(d_x)).to(tl.float64))
+        if stats is not None:
+            tl.store(samples + 4 * B + b, n_on)
+            tl.store(samples + B + b, squares)
+            tl.store(samples + 2 * B + b, tl.sum(tl.abs(d_x)).to(tl.float64))
 
     tl.debug_barrier()
     if tl.atomic_add(exited, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         OWN: tl.constexpr = source is not None
-        summarize(results, samples, weight_rows, n_weight_rows, ratio_stats, B, N, REDUCTION, OWN)
+        summarize(loss, stats, samples, weight_rows, n_weight_rows, ratio_stats, B, N, REDUCTION, OWN)
         tl.store(exited, 0)
 
 
@@ -357,23 +317,20 @@ def measure_chunk(
     BLOCK: tl.constexpr,
 ):
     """Stores the sum of |x - T| and, for float16 gradients, the largest derivative times n_b + eps."""
+    x, teacher, fake, uncond, x_t, mask, weight, alpha, sigma, guidance, _ = inputs
     apart, most = nothing(), nothing()
     for step in range(steps):
         start = (chunk * steps + step) * BLOCK
         block = (b, start, lane, lane < N - start, n2, n3)
-        a, c = x0_coefficients(inputs, block, PREDICTION)
-        T = teacher_prediction(inputs, block, guidance_scale, C, "evict_last")
-        x = T
-        if IDENTITY or NORM == MEAN_ABS:
-            x = elements(inputs[0][X], inputs[1][X], block, C, "evict_last" if IDENTITY else "evict_first")
-        if NORM == MEAN_ABS:
-            apart += tl.sum(distances(inputs, block, x, T, a, c, C)).to(tl.float64)
+        a, c = x0_coefficients(alpha, sigma, block, PREDICTION)
+        T = teacher_prediction(teacher, uncond, guidance, guidance_scale, block, C, "evict_last")
+        X = T if x is None else elements(x, block, C, "evict_last" if IDENTITY else "evict_first")
+        if NORM == "mean_abs":
+            apart += tl.sum(distances(x_t, block, X, T, a, c, C)).to(tl.float64)
         if HALF:
-            F = elements(inputs[0][FAKE], inputs[1][FAKE], block, C, "evict_last")
-            k = (row(inputs[0][WEIGHT], inputs[1][WEIGHT], block, 1.0) * c).to(C)
-            _, d_x, d_teacher, d_fake, _ = evaluate(
-                x, T, F, k, counted(inputs, block), identity_alpha, C, IDENTITY, ZERO
-            )
+            F = elements(fake, block, C, "evict_last")
+            k = (row(weight, block, 1.0) * c).to(C)
+            _, d_x, d_teacher, d_fake, _ = evaluate(X, T, F, k, counted(mask, block), identity_alpha, C, IDENTITY, ZERO)
             most = tl.maximum(most, largest(d_x, d_teacher, d_fake, IDENTITY))
     tl.store(measured, apart)
     tl.store(measured + 1, most)
@@ -405,34 +362,34 @@ def finish_chunk(
     BLOCK: tl.constexpr,
 ):
     """Stores the derivatives of a chunk, and its sums."""
+    x, teacher, fake, uncond, _, mask, weight, alpha, sigma, guidance, _ = inputs
+    stats = results[2]
     term_sum, squares, absolute, n_bad, n_on = nothing(), nothing(), nothing(), nothing(), nothing()
     for step in range(steps):
         start = (chunk * steps + step) * BLOCK
         block = (b, start, lane, lane < N - start, n2, n3)
-        w = row(inputs[0][WEIGHT], inputs[1][WEIGHT], block, 1.0)
-        _, c = x0_coefficients(inputs, block, PREDICTION)
-        T = teacher_prediction(inputs, block, guidance_scale, C, "evict_first")
-        F = elements(inputs[0][FAKE], inputs[1][FAKE], block, C, "evict_first")
-        x = F
-        if IDENTITY:
-            x = elements(inputs[0][X], inputs[1][X], block, C, "evict_first")
-        on = counted(inputs, block)
+        w = row(weight, block, 1.0)
+        _, c = x0_coefficients(alpha, sigma, block, PREDICTION)
+        T = teacher_prediction(teacher, uncond, guidance, guidance_scale, block, C, "evict_first")
+        F = elements(fake, block, C, "evict_first")
+        X = elements(x, block, C, "evict_first") if IDENTITY else F
+        on = counted(mask, block)
         k = (w * c / (n + number(eps, tl.float64))).to(C)
-        terms, d_x, d_teacher, d_fake, bad = evaluate(x, T, F, k, on, identity_alpha, C, IDENTITY, ZERO)
+        terms, d_x, d_teacher, d_fake, bad = evaluate(X, T, F, k, on, identity_alpha, C, IDENTITY, ZERO)
         deliver_all(targets, block, d_x, d_teacher, d_fake, divisor, half, C, IDENTITY)
-        more, more_squares = block_sums(terms, d_x, IDENTITY, results[STATS] is not None)
+        more, more_squares = block_sums(terms, d_x, IDENTITY, stats is not None)
         term_sum += more
-        if results[STATS] is not None:
+        if stats is not None:
             squares += more_squares
             absolute += tl.sum(tl.abs(d_x)).to(tl.float64)
             n_bad += tl.sum(bad.to(tl.int32)).to(tl.float64)
             n_on += tl.sum(on.to(tl.int32)).to(tl.float64)
-    tl.store(finished + TERMS, term_sum)
-    if results[STATS] is not None:
-        tl.store(finished + SQUARES, squares)
-        tl.store(finished + ABSOLUTE, absolute)
-        tl.store(finished + BAD, n_bad)
-        tl.store(finished + COUNT, n_on)
+    tl.store(finished, term_sum)
+    if stats is not None:
+        tl.store(finished + 1, squares)
+        tl.store(finished + 2, absolute)
+        tl.store(finished + 3, n_bad)
+        tl.store(finished + 4, n_on)
 
 
 @triton.jit
@@ -448,8 +405,8 @@ def chunk_kernel(
     results,
     samples,  # [FIELDS, B] float64, scratch
     measured,  # [B, chunks, 2] float64, scratch
-    finished,  # [B, chunks, FIELDS] float64, scratch
-    counters,  # [COUNTERS + 2 B] int64, 0 before and after
+    finished,  # [B, chunks, 5] float64, scratch
+    counters,  # [2 + 2 B] int64, 0 before and after
     count,  # int64 [] or [B]: elements on the mask, where the loss is a mean over them; else None
     weight_rows,  # the weight's rows, densely, for the statistics; None for none
     n_weight_rows,
@@ -480,9 +437,11 @@ def chunk_kernel(
     The work is handed out by tickets, in groups of samples: measure group 0, measure 1, finish 0, measure 2, finish 1,
     ... so that what is read twice is still in the cache the second time. A program waits only for earlier tickets,
     whose programs have started: none waits for ever, in whatever order the programs start."""
-    HALF: tl.constexpr = results[SCALE] is not None
-    MEASURE: tl.constexpr = HALF or NORM == MEAN_ABS
-    ticket = tl.atomic_add(counters + TICKETS, 1, sem="relaxed")
+    normalizer = inputs[10]
+    loss, scale, stats = results
+    HALF: tl.constexpr = scale is not None
+    MEASURE: tl.constexpr = HALF or NORM == "mean_abs"
+    ticket = tl.atomic_add(counters, 1, sem="relaxed")
     turn = ticket // (group * chunks)
     if MEASURE:
         last = turn == 2 * groups - 1
@@ -495,7 +454,7 @@ def chunk_kernel(
     chunk = ticket % chunks
     lane = tl.arange(0, BLOCK)
     if b < B:
-        n_measured = counters + COUNTERS + b
+        n_measured = counters + 2 + b
         n_finished = n_measured + B
         own = measured + (b * chunks + chunk) * 2
         if measures:
@@ -522,14 +481,14 @@ def chunk_kernel(
             tl.debug_barrier()
             tl.atomic_add(n_measured, 1, sem="release")
         else:
-            n = given_normalizer(inputs, b, NORM)
+            n = given_normalizer(normalizer, b)
             divisor = mean_divisor(count, b, B, N, REDUCTION)
             half = tl.zeros((), tl.int64)
             if MEASURE:
                 while tl.atomic_add(n_measured, 0, sem="acquire") < chunks:
                     pass
                 first = measured + b * chunks * 2
-                if NORM == MEAN_ABS:
+                if NORM == "mean_abs":
                     n = part_sum(first, 2, chunks, PARTS) / N
                 if HALF:
                     part = tl.arange(0, PARTS)
@@ -539,7 +498,7 @@ def chunk_kernel(
                 inputs,
                 targets,
                 results,
-                finished + (b * chunks + chunk) * FIELDS,
+                finished + (b * chunks + chunk) * 5,
                 b,
                 chunk,
                 steps,
@@ -561,18 +520,18 @@ def chunk_kernel(
             )
             tl.debug_barrier()
             if tl.atomic_add(n_finished, 1, sem="acq_rel") == chunks - 1:  # the sample's last chunk
-                sums = finished + b * chunks * FIELDS
-                term_sum = part_sum(sums + TERMS, FIELDS, chunks, PARTS)
+                sums = finished + b * chunks * 5
+                term_sum = part_sum(sums, 5, chunks, PARTS)
                 keep_sample(results, samples, b, B, term_sum, divisor, half, REDUCTION)
-                if results[STATS] is not None:
-                    for field in tl.static_range(1, 5):  # SQUARES to COUNT
-                        tl.store(samples + field * B + b, part_sum(sums + field, FIELDS, chunks, PARTS))
-                    tl.store(samples + NORMALIZER_OF * B + b, n)
+                if stats is not None:
+                    for field in tl.static_range(1, 5):
+                        tl.store(samples + field * B + b, part_sum(sums + field, 5, chunks, PARTS))
+                    tl.store(samples + 5 * B + b, n)
                 tl.store(n_measured, 0)
                 tl.store(n_finished, 0)
 
     tl.debug_barrier()
-    if tl.atomic_add(counters + EXITED, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        summarize(results, samples, weight_rows, n_weight_rows, ratio_stats, B, N, REDUCTION, False)
-        tl.store(counters + TICKETS, 0)
-        tl.store(counters + EXITED, 0)
+    if tl.atomic_add(counters + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        summarize(loss, stats, samples, weight_rows, n_weight_rows, ratio_stats, B, N, REDUCTION, False)
+        tl.store(counters, 0)
+        tl.store(counters + 1, 0)

@@ -1,4 +1,7 @@
-"""Numbers inside the kernels: conversions, what is finite, powers of two."""
+"""Numbers inside the kernels: conversions, what is finite, powers of two.
+
+Kernels use few global constants: Triton compares every one with its value at compile time at each launch.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import triton.language as tl
 from triton import knobs
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
-INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -18,7 +20,7 @@ def number(value, C: tl.constexpr):
 
 @triton.jit
 def is_finite(v):
-    return tl.abs(v) < INFINITY
+    return tl.abs(v) < float("inf")
 
 
 @triton.jit
@@ -50,7 +52,7 @@ def rounded_to_odd(v):
     back = nearest.to(tl.float64)
     bits = nearest.to(tl.int32, bitcast=True)
     odd = (tl.where(tl.abs(back) > tl.abs(v), bits - 1, bits) | 1).to(tl.float32, bitcast=True)
-    return tl.where((back == v) | (v != v) | (tl.abs(back) == INFINITY), nearest, odd)
+    return tl.where((back == v) | (v != v) | (tl.abs(back) == float("inf")), nearest, odd)
 
 
 @triton.jit

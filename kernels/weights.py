@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numeric import INFINITY, is_finite, number, widen
+from .numeric import is_finite, number, widen
 
 
 @triton.jit
@@ -178,7 +178,7 @@ def sample_weights(
     log_r, counts, _, _ = log_ratios(source, heads, numbers, samples, inside)
     if BINS:
         log_r -= history(source, n_bins, numbers, samples, inside, log_bins, tl.arange(0, BINS))
-    w = tl.where(counts, h_of(KIND, log_r, numbers[6]) / divisor, INFINITY - INFINITY)
+    w = tl.where(counts, h_of(KIND, log_r, numbers[6]) / divisor, float("nan"))
     if source[0].dtype.element_ty != tl.float64:
         w = w.to(tl.float32).to(tl.float64)
     if ZERO:

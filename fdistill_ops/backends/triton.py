@@ -26,11 +26,11 @@ from triton import knobs
 from triton import language as tl
 
 from .._checks import OptionalTensors, compute_dtype
-from ..kernels.loss import COUNTERS, chunk_kernel, sample_kernel
+from ..kernels.loss import N_COUNTERS, chunk_kernel, sample_kernel
 from ..kernels.scale import scale_kernel
 from ..kernels.summary import FIELDS as SCRATCH_FIELDS
 from ..kernels.weights import f_weights_kernel
-from ..params import NORMALIZERS, REDUCTIONS, LossParams, WeightParams
+from ..params import NORMALIZERS, PREDICTIONS, REDUCTIONS, LossParams, WeightParams
 from ..predictions import rows_like
 from ..stats import FIELDS
 from ._layout import Strides, plan
@@ -41,9 +41,10 @@ name = "triton"
 INTERPRETED: bool = knobs.runtime.interpret
 MAX_BINS = 4096
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
+_PREDICTIONS, _REDUCTIONS = tuple(PREDICTIONS), tuple(REDUCTIONS)
+_NORMALIZERS = tuple(map(str, NORMALIZERS))
 _MEAN, _, _SAMPLE = REDUCTIONS.values()
 _MEAN_ABS = NORMALIZERS["mean_abs"]
-_N_SCRATCH, _N_COUNTERS = SCRATCH_FIELDS.value, COUNTERS.value
 
 # Block sizes, in elements.
 _THREADS = 512  # of a program that holds a sample
@@ -88,9 +89,9 @@ def launch(kernel: Any, grid: int, device: torch.device, program: Program, *argu
     options = program.options(device_of(device))
     if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         with torch.cuda.device(device):
-            kernel[(grid,)](*arguments, **constants, **options)
+            kernel.run(*arguments, grid=(grid,), warmup=False, **constants, **options)
     else:
-        kernel[(grid,)](*arguments, **constants, **options)
+        kernel.run(*arguments, grid=(grid,), warmup=False, **constants, **options)
 
 
 _counters: dict[tuple[int, int], Tensor] = {}
@@ -209,17 +210,20 @@ def f_weights(
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-class _Operands(NamedTuple):
-    """Tensors as a loss kernel takes them (kernels/loss.py), and where their elements lie."""
+Operand = tuple[Tensor, Strides] | None  # as the kernels take one (kernels/memory.py)
 
-    inputs: tuple[tuple[Tensor | None, ...], tuple[Strides | None, ...]]
-    targets: tuple[tuple[Tensor | None, ...], tuple[Strides | None, ...]]
+
+class _Operands(NamedTuple):
+    """The inputs and targets of a loss kernel (kernels/loss.py), and where their elements lie."""
+
+    inputs: tuple[Operand, ...]
+    targets: tuple[Operand, ...]
     inner: tuple[int, int]
 
     @property
     def rows_within_samples(self) -> bool:
         """Whether a coefficient differs within a sample."""
-        return any(strides is not None and len(strides) > 1 for strides in self.inputs[1][6:9])
+        return any(rows is not None and len(rows[1]) > 1 for rows in self.inputs[6:9])
 
 
 def _laid_out(
@@ -231,14 +235,14 @@ def _laid_out(
 ) -> _Operands | None:
     """``elementwise``: x, teacher, fake, uncond, x_t, mask; ``rows``: weight, alpha, sigma; ``scalars``: guidance,
     normalizer. None where the layout takes too many dimensions."""
-    everything = (*targets, *elementwise, *rows)
-    of_all = tuple(None if tensor is None else tensor.stride() for tensor in everything)
-    layout = plan(tuple(leader.shape), leader.stride(), of_all, len(rows))
+    tensors = (*targets, *elementwise, *rows)
+    layout = plan(leader.shape, leader.stride(), tuple([t if t is None else t.stride() for t in tensors]), len(rows))
     if layout is None:
         return None
-    of_scalars = tuple(None if s is None else (s.stride(0) if s.ndim else 0,) for s in scalars)
-    inputs = ((*elementwise, *rows, *scalars), (*layout.strides[3:], *of_scalars))
-    return _Operands(inputs, (tuple(targets), layout.strides[:3]), layout.inner)
+    pairs = zip(tensors, layout.strides, strict=True)
+    found: list[Operand] = [None if t is None or strides is None else (t, strides) for t, strides in pairs]
+    found += [t if t is None else (t, (t.stride(0) if t.ndim else 0,)) for t in scalars]
+    return _Operands(tuple(found[3:]), tuple(found[:3]), layout.inner)
 
 
 def _operands(
@@ -343,9 +347,9 @@ def _loss(
         weight_rows, n_weight_rows = weight.reshape(-1), weight.numel()
     constants = {
         "C": _COMPUTE[dtype],
-        "PREDICTION": params.prediction,
-        "NORM": params.normalizer,
-        "REDUCTION": params.reduction,
+        "PREDICTION": _PREDICTIONS[params.prediction],
+        "NORM": _NORMALIZERS[params.normalizer],
+        "REDUCTION": _REDUCTIONS[params.reduction],
         "ZERO": params.zero_nonfinite,
         "IDENTITY": identity,
     }
@@ -363,7 +367,7 @@ def _loss(
             found.inputs,
             found.targets,
             results,
-            torch.empty(_N_SCRATCH * B, dtype=torch.float64, device=device),
+            torch.empty(SCRATCH_FIELDS * B, dtype=torch.float64, device=device),
             _zeros(1, device),
             count,
             weight_rows,
@@ -391,8 +395,8 @@ def _loss(
         group = max(1, min(B, device_of(device).cache_bytes // (8 * read_twice)))
         groups = triton.cdiv(B, group)
         turns = 2 if measures or half else 1
-        scratch = torch.empty(B * (_N_SCRATCH + chunks * (2 + _N_SCRATCH)), dtype=torch.float64, device=device)
-        samples, measured, finished = scratch.split([B * _N_SCRATCH, B * chunks * 2, B * chunks * _N_SCRATCH])
+        scratch = torch.empty(B * (SCRATCH_FIELDS + chunks * 7), dtype=torch.float64, device=device)
+        samples, measured, finished = scratch.split([B * SCRATCH_FIELDS, B * chunks * 2, B * chunks * 5])
         launch(
             chunk_kernel,
             turns * groups * group * chunks,
@@ -404,7 +408,7 @@ def _loss(
             samples,
             measured,
             finished,
-            _zeros(_N_COUNTERS + 2 * B, device),
+            _zeros(N_COUNTERS + 2 * B, device),
             count,
             weight_rows,
             n_weight_rows,
@@ -421,9 +425,9 @@ def _loss(
             PARTS=_PARTS,
             BLOCK=program.block,
         )
-    for target, written in zip(targets, found.targets[0], strict=True):
-        if target is not None and written is not None and written is not target:
-            target.copy_(written)
+    for target, written in zip(targets, found.targets, strict=True):
+        if target is not None and written is not None and written[0] is not target:
+            target.copy_(written[0])
     return loss, scale, stats
 
 
