@@ -17,7 +17,7 @@ import fdistill_ops as fd
 from fdistill_ops.testing import assert_close, poison
 
 # Back end, and the device whose tensors it is tested on. Every test with the ``backend`` fixture runs once for each.
-BACKENDS = [("reference", "cpu"), ("cpu", "cpu")]
+BACKENDS = [("reference", "cpu"), ("cpu", "cpu"), ("cuda-emulated", "cpu")]
 
 _COMMON: dict[str, Any] = {
     "deadline": None,

@@ -9,6 +9,7 @@ pattern. The reference has none of these: the public functions then evaluate :mo
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import warnings
@@ -19,8 +20,9 @@ import torch
 
 from .. import _native
 
-NAMES = ("reference", "cpu")
-_DEFAULT = {"cpu": "cpu"}
+NAMES = ("reference", "cpu", "cuda")
+_EMULATED = "cuda-emulated"  # tests alone: known where it was built
+_DEFAULT = {"cpu": "cpu", "cuda": "cuda"}
 _environment = os.environ.get("FDISTILL_BACKEND") or None
 _override: str | None = None
 _loaded: dict[str, Any] = {}
@@ -31,12 +33,30 @@ def _why_not(name: str) -> str | None:
     """Why a back end cannot run here; None where it can."""
     if name == "cpu" and _native.module() is None:
         return f"the back end 'cpu' is not available: {_native.reason()}"
+    if name == "cuda":
+        return _why_not_cuda()
     return None
+
+
+def _why_not_cuda() -> str | None:
+    reason = _native.cuda_reason()
+    if reason is None and not torch.cuda.is_available():
+        reason = "PyTorch finds no GPU"
+    return None if reason is None else f"the back end 'cuda' is not available: {reason}"
+
+
+@functools.cache
+def _names() -> tuple[str, ...]:
+    return NAMES if _native.emulator() is None else (*NAMES, _EMULATED)
+
+
+def _serves(name: str, device_type: str) -> bool:
+    return name in ("reference", device_type) or (name == _EMULATED and device_type == "cpu")
 
 
 def available_backends() -> tuple[str, ...]:
     """Names of the back ends that can run here. :func:`build_info` says why another cannot."""
-    return tuple(name for name in NAMES if _why_not(name) is None)
+    return tuple(name for name in _names() if _why_not(name) is None)
 
 
 def set_backend(name: str | None) -> None:
@@ -67,8 +87,8 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def _check_name(name: str, argument: str) -> None:
-    if name not in NAMES:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, NAMES))}; got {name!r}")
+    if name not in _names():
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, _names()))}; got {name!r}")
 
 
 def choose(device: torch.device) -> str:
@@ -97,7 +117,7 @@ def _decide(override: str | None, device_type: str) -> str:
         name = _environment
         _check_name(name, "FDISTILL_BACKEND")
     if name is not None:
-        if name not in ("reference", device_type):
+        if not _serves(name, device_type):
             raise RuntimeError(f"the back end {name!r} cannot serve {device_type} tensors")
         if reason := _why_not(name):
             raise RuntimeError(reason)
@@ -133,7 +153,7 @@ def kernels(device: torch.device) -> Any:
             raise RuntimeError(
                 "the back end 'reference' is plain PyTorch and has no operators: call the public functions"
             )
-        found = _loaded[name] = importlib.import_module(f"{__name__}.{name}")
+        found = _loaded[name] = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     return found
 
 

@@ -1,0 +1,53 @@
+"""What the back ends do alike with tensors, before and after their kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_is_batched = torch._C._functorch.is_batchedtensor
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor with its values in memory: not negated lazily, not a zero without memory, as automatic
+    differentiation makes them."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    return tensor.clone() if tensor.numel() > 0 and tensor.data_ptr() == 0 else tensor
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill their memory without gap or overlap, in whatever order (channels_last, say)."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def histogram_buffers(bins: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The histogram as the kernels read it, float32 and dense, and memory for the new one."""
+    if bins is None:
+        return None, None
+    bins = bins if bins.dtype == torch.float32 and bins.is_contiguous() else bins.float().contiguous()
+    return bins, torch.empty_like(bins)
+
+
+def in_dtype_of(bins: Tensor | None, new_bins: Tensor | None) -> Tensor | None:
+    """The new histogram in the dtype that the old one came in."""
+    if bins is None or new_bins is None or bins.dtype == new_bins.dtype:
+        return new_bins
+    return new_bins.double().clamp(max=torch.finfo(bins.dtype).max).to(bins.dtype)
+
+
+def batched(factor: Tensor) -> bool:
+    """Whether it stands for several incoming gradients at once (vmap)."""
+    return _is_batched(factor) or _is_legacy_batched(factor)
+
+
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """A new tensor: gradient times factor, which is 0-dimensional or [B]."""
+    return (gradient * factor.reshape(factor.shape + (1,) * (gradient.ndim - factor.ndim))).to(gradient.dtype)
