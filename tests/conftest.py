@@ -17,7 +17,7 @@ import fdistill_ops as fd
 from fdistill_ops.testing import assert_close, poison
 
 # Back end, and the device whose tensors it is tested on. Every test with the ``backend`` fixture runs once for each.
-BACKENDS = [("reference", "cpu"), ("cpu", "cpu"), ("cuda-emulated", "cpu")]
+BACKENDS = [("reference", "cpu"), ("cpu", "cpu"), ("cuda-emulated", "cpu"), ("cuda", "cuda")]
 
 _COMMON: dict[str, Any] = {
     "deadline": None,
@@ -49,6 +49,11 @@ class Backend:
         """Kernels and operators, not plain PyTorch."""
         return self.name != "reference"
 
+    @property
+    def emulated(self) -> bool:
+        """GPU kernels on the CPU, far too slowly for large tensors."""
+        return self.compiled and self.name != self.device
+
     def tensor(self, value: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(np.asarray(value).tolist(), dtype=torch.float64).to(dtype).to(self.device)
 
@@ -60,10 +65,16 @@ class Backend:
         return self.randn(*shape, dtype=dtype, seed=seed).requires_grad_()
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda entry: entry[0])
+def _parameter(name: str, device: str) -> Any:
+    return pytest.param((name, device), id=name, marks=[pytest.mark.gpu] if device == "cuda" else [])
+
+
+@pytest.fixture(params=[_parameter(*entry) for entry in BACKENDS])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Makes each call in the test use one back end."""
     name, device = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no GPU")
     if name not in fd.available_backends():
         pytest.skip(f"the back end {name!r} does not run here: {fd.build_info().get('reason')}")
     with fd.use_backend(name):

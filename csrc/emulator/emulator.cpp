@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -70,6 +71,7 @@ struct Block {
   std::vector<Word> words;
   Barrier barrier;
   unsigned running, interval;
+  std::array<uintptr_t, 1024> numbers;  // addresses of some that it has read
 };
 
 struct Cluster {
@@ -202,7 +204,10 @@ class Machine {
 
   void check_global(const void* p, size_t bytes, size_t alignment, bool writes) {
     const auto begin = reinterpret_cast<uintptr_t>(p);
-    (writes ? traffic().stored : traffic().loaded) += static_cast<int64_t>(bytes);
+    if (writes)
+      traffic().stored += static_cast<int64_t>(bytes);
+    else if (bytes == 16 || first_read(begin))
+      traffic().loaded += static_cast<int64_t>(bytes);
     if (begin % alignment != 0) stop("misaligned access of " + std::to_string(bytes) + " bytes of global memory");
     if (last_ < ranges_.size() && holds(ranges_[last_], begin, bytes, writes)) return;
     for (last_ = 0; last_ < ranges_.size(); ++last_)
@@ -239,6 +244,14 @@ class Machine {
   }
 
  private:
+  // False for a number that the block has read before, as far as it remembers: all lanes of a warp get it from one access.
+  bool first_read(uintptr_t address) {
+    uintptr_t& known = current->block->numbers[address / 2 * 0x9e3779b97f4a7c15u >> 54];
+    if (known == address) return false;
+    known = address;
+    return true;
+  }
+
   static bool holds(const Ranges::Range& range, uintptr_t begin, size_t bytes, bool writes) {
     return range.begin <= begin && begin + bytes <= range.end && (range.writable || !writes);
   }
@@ -269,6 +282,7 @@ class Machine {
       Block& block = cluster.blocks[rank];
       block.cluster = &cluster;
       block.index = index * grid_.cluster + rank, block.rank = rank;
+      block.numbers.fill(0);
       block.barrier = {}, block.running = grid_.threads, block.interval = 0;
       std::fill(block.words.begin(), block.words.end(), Word{});
       std::fill(block.warps.begin(), block.warps.end(), Warp{});

@@ -47,7 +47,8 @@ struct Settings {
 };
 Settings& settings();
 
-// What the launches since the last reset moved through global memory.
+// What the launches since the last reset moved through global memory: bytes, of which a number that several threads of a block read
+// counts once.
 struct Traffic {
   int64_t launches = 0, loaded = 0, stored = 0;
 };
