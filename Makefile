@@ -9,15 +9,19 @@ TORCH = torch==2.13.0
 DEMO = runs/demo
 DEMO_ARGS =
 PYTEST_ARGS =
+# Of gpu-check, which installs nothing: it uses $(PYTHON) as it is.
+OUT = runs/gpu-check
 
 python = $(VENV)/bin/python
-kernels = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/include/*/*.h)
+kernels = $(wildcard csrc/*.* csrc/*/*.* csrc/include/*/*.h)
 
-.PHONY: help install demo test lint clean distclean
+.PHONY: help install demo test gpu-check lint clean distclean
 
 help:
 	@echo "make demo       trains the digits teacher and two one-step students; pictures and table go to $(DEMO)"
 	@echo "make test       runs the tests"
+	@echo "make gpu-check  with a GPU, nvcc and a PYTHON that has torch and triton: builds in place and runs all that needs a GPU,"
+	@echo "                in under nine minutes; logs, JSON and plots go to OUT=$(OUT)"
 	@echo "make lint       ruff and mypy"
 	@echo "make install    the environment $(VENV) with the package, built and editable"
 	@echo "make clean      removes what was built; distclean also $(VENV); neither removes runs/"
@@ -32,8 +36,11 @@ demo: $(VENV)/.installed
 	@echo "Pictures: $(DEMO)/*.png, all in one: $(DEMO)/overview.png"
 	@echo "Table:    $(DEMO)/report.md"
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed-for-tests
 	$(python) -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+gpu-check:
+	$(PYTHON) bench/gpu_check.py $(OUT)
 
 lint: $(VENV)/.lint
 	$(python) -m ruff check .
@@ -53,16 +60,21 @@ $(VENV)/.installed: $(VENV)/.environment setup.py pyproject.toml $(kernels)
 	$(python) -m pip install -e ".[trainer,test]"
 	@touch $@
 
+# The same with the CUDA kernels' emulator.
+$(VENV)/.installed-for-tests: $(VENV)/.environment setup.py pyproject.toml $(kernels)
+	FDISTILL_EMULATOR=1 $(python) -m pip install -e ".[trainer,test]"
+	@touch $@ $(VENV)/.installed
+
 $(VENV)/.lint: $(VENV)/.installed
 	$(python) -m pip install $$($(python) -c "import tomllib; \
 	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['lint'])")
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info fdistill_ops/_build.json fdistill_ops/_C.*.so
+	rm -rf build dist *.egg-info fdistill_ops/_build.json fdistill_ops/_C*.so
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -f $(VENV)/.installed $(VENV)/.lint
+	rm -f $(VENV)/.installed $(VENV)/.installed-for-tests $(VENV)/.lint
 
 distclean: clean
 	rm -rf $(VENV)

@@ -1,9 +1,8 @@
 // pybind11 bindings: tensors come as (address, dtype code, strides), results go to addresses the caller owns. No PyTorch here, and no
-// arithmetic. Arguments were checked in Python.
+// arithmetic.
 #include <pybind11/pybind11.h>
 
 #include <atomic>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -12,8 +11,10 @@
 #include "cpu/parallel.h"
 #include "cpu/pool.h"
 #include "cpu/weights.h"
-
-namespace py = pybind11;
+#include "records.h"
+#if defined(FDISTILL_CUDA)
+#include "cuda/bindings.h"
+#endif
 
 namespace fdistill {
 namespace {
@@ -51,72 +52,14 @@ void set_isa(const std::string& name) {
   throw std::invalid_argument("isa: " + name + " does not run here; these do: " + known);
 }
 
-// ------------------------------------------------------------------------------------------------------ Python to records
-
-PyObject* item(PyObject* tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple, i); }
-void* address(PyObject* value) { return PyLong_AsVoidPtr(value); }
-double real(PyObject* value) { return PyFloat_AsDouble(value); }
-int integer(PyObject* value) { return static_cast<int>(PyLong_AsLong(value)); }
-bool flag(PyObject* value) { return PyObject_IsTrue(value) == 1; }
-
-// (address, dtype, strides), or None
-void read_tensor(PyObject* value, Tensor& tensor) {
-  if (value == Py_None) return;
-  tensor.data = address(item(value, 0));
-  tensor.dtype = static_cast<DType>(integer(item(value, 1)));
-  PyObject* strides = item(value, 2);
-  tensor.dims = static_cast<int>(PyTuple_GET_SIZE(strides));
-  for (int d = 0; d < tensor.dims; ++d) tensor.strides[d] = PyLong_AsLongLong(item(strides, d));
-}
-
-WeightParams read_weight_params(PyObject* p) {
-  return {integer(item(p, 0)), real(item(p, 1)), real(item(p, 2)), real(item(p, 3)), real(item(p, 4)),
-          real(item(p, 5)),    real(item(p, 6)), flag(item(p, 7)), real(item(p, 8)), flag(item(p, 9))};
-}
-
-LossParams read_loss_params(PyObject* p) {
-  return {real(item(p, 0)),
-          static_cast<Prediction>(integer(item(p, 1))),
-          static_cast<Normalizer>(integer(item(p, 2))),
-          real(item(p, 3)),
-          flag(item(p, 4)),
-          static_cast<Reduction>(integer(item(p, 5))),
-          real(item(p, 6)),
-          flag(item(p, 7))};
-}
-
-// A call of f_weights: (batch, heads, logits, t, address of bins, number of bins, address of the new bins, params)
-struct WeightArguments {
-  WeightCall call{};
-  float* new_bins;
-
-  explicit WeightArguments(PyObject* value) {
-    call.batch = PyLong_AsLongLong(item(value, 0));
-    call.heads = PyLong_AsLongLong(item(value, 1));
-    Tensor logits, t;
-    read_tensor(item(value, 2), logits);
-    read_tensor(item(value, 3), t);
-    call.logits = logits.data, call.logits_dtype = logits.dtype;
-    call.logits_stride = logits.stride(0), call.heads_stride = logits.stride(1);
-    call.t = t.data, call.t_dtype = t.dtype, call.t_stride = t.stride(0);
-    call.bins = static_cast<const float*>(address(item(value, 4)));
-    call.n_bins = integer(item(value, 5));
-    new_bins = static_cast<float*>(address(item(value, 6)));
-    call.params = read_weight_params(item(value, 7));
-  }
-};
-
-bool narrow(const WeightCall& call) { return call.logits_dtype != DType::f64; }
-
 // -------------------------------------------------------------------------------------------------------------- functions
 
 void py_f_weights(const py::tuple& arguments, size_t weights, size_t ratio_stats) {
-  const WeightArguments parsed(arguments.ptr());
-  if (PyErr_Occurred()) throw py::error_already_set();
+  const ParsedWeights parsed(arguments.ptr());
   const py::gil_scoped_release release;
   const WeightCall& call = parsed.call;
   auto* stats = reinterpret_cast<RatioStats*>(ratio_stats);
-  if (!narrow(call)) {
+  if (!call.narrow()) {
     *stats = f_weights(call, reinterpret_cast<double*>(weights), parsed.new_bins);
     return;
   }
@@ -125,43 +68,24 @@ void py_f_weights(const py::tuple& arguments, size_t weights, size_t ratio_stats
   for (int64_t b = 0; b < call.batch; ++b) reinterpret_cast<float*>(weights)[b] = static_cast<float>(wide[b]);
 }
 
-// weights: the arguments of f_weights, or None where operands has a weight or there is none.
 void py_loss(const py::tuple& shape, const py::tuple& operands, const py::object& guidance, const py::object& normalizer,
              const py::tuple& params, const py::object& weights, bool score_identity, bool wide, size_t loss_address,
              size_t gradient_scale, size_t stats, int threads) {
-  LossCall call{};
-  int64_t sizes[kMaxDims];
-  call.dims = static_cast<int>(shape.size());
-  for (int d = 0; d < call.dims; ++d) sizes[d] = PyLong_AsLongLong(item(shape.ptr(), d));
-  call.shape = sizes;
-  for (int o = 0; o < kOperands; ++o) read_tensor(item(operands.ptr(), o), call.operands[o]);
-  read_tensor(guidance.ptr(), call.guidance);
-  read_tensor(normalizer.ptr(), call.normalizer);
-  call.params = read_loss_params(params.ptr());
-  call.score_identity = score_identity;
-  call.wide = wide;
-  call.loss = reinterpret_cast<void*>(loss_address);
-  call.gradient_scale = reinterpret_cast<void*>(gradient_scale);
-  call.stats = reinterpret_cast<void*>(stats);
-  call.threads = threads;
-  call.kernels = current_kernels();
-  std::unique_ptr<WeightArguments> logits;
-  if (!weights.is_none()) logits = std::make_unique<WeightArguments>(weights.ptr());
-  if (PyErr_Occurred()) throw py::error_already_set();
-
+  ParsedLoss arguments(shape, operands, guidance, normalizer, params, weights, score_identity, wide, loss_address,
+                          gradient_scale, stats);
   const py::gil_scoped_release release;
+  const ParsedWeights* const logits = arguments.logits.get();
   std::vector<double> computed;
   RatioStats ratio;
   if (logits) {
     computed.resize(logits->call.batch);
     ratio = f_weights(logits->call, computed.data(), logits->new_bins);
-    if (narrow(logits->call))  // as f_weights returns them
+    if (logits->call.narrow())  // as f_weights returns them
       for (double& w : computed) w = static_cast<float>(w);
-    Tensor& weight = call.operands[kWeight];
+    Tensor& weight = arguments.call.operands[kWeight];
     weight.data = computed.data(), weight.dtype = DType::f64, weight.dims = 1, weight.strides[0] = 1;
-    call.ratio = &ratio;
   }
-  loss(call);
+  loss(arguments.call, logits ? &ratio : nullptr, threads, *current_kernels());
 }
 
 // -------------------------------------------------------------------------------------------- tensors over pooled memory
@@ -240,4 +164,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("set_isa", &set_isa);
   m.def("threading", &threading);
+#if defined(FDISTILL_CUDA)
+  bind_cuda(m.def_submodule("cuda"));
+#endif
 }

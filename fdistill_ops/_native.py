@@ -24,6 +24,23 @@ def module() -> Any:
     return _module
 
 
+def emulator() -> Any:
+    """The module fdistill_ops._C_emulated, which tests build; None without it."""
+    try:
+        return importlib.import_module("fdistill_ops._C_emulated")
+    except ImportError:
+        return None
+
+
+def cuda_reason() -> str | None:
+    """Why the compiled module has no CUDA kernels; None where it has."""
+    if module() is None:
+        return reason()
+    if hasattr(module(), "cuda"):
+        return None
+    return _build_record().get("cuda_skipped") or "the compiled module was built without CUDA"
+
+
 def reason() -> str | None:
     """Why there is no compiled module; None where there is one."""
     module()
@@ -44,7 +61,8 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dictionary: ``version``; ``compiled`` (bool) and, where it is False, ``reason``; ``compiler`` and ``isas``
-        (instruction sets in the binary) from the build; ``isa`` (the one in use), ``threading`` (whose threads the
+        (instruction sets in the binary) from the build; ``cuda`` (nvcc's version and the compute capabilities) or
+        ``cuda_skipped`` (why there are no CUDA kernels); ``isa`` (the one in use), ``threading`` (whose threads the
         kernels run on); ``backends`` (available names) and ``unavailable`` (why another is not, by name).
     """
     from . import __version__

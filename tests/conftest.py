@@ -22,13 +22,9 @@ import fdistill_ops as fd  # noqa: E402
 from fdistill_ops.testing import assert_close, poison  # noqa: E402
 
 # Back end, and the device whose tensors it is tested on. Every test with the ``backend`` fixture runs once for each.
-BACKENDS = [
-    ("reference", "cpu"),
-    ("cpu", "cpu"),
-    pytest.param(("triton", "cuda"), marks=pytest.mark.gpu) if GPU else ("triton", "cpu"),
-]
-
-INTERPRETED = (("triton", "cpu"),)
+BACKENDS = [("reference", "cpu"), ("cpu", "cpu"), ("cuda-emulated", "cpu")]
+BACKENDS += [("cuda", "cuda"), ("triton", "cuda")] if GPU else [("triton", "cpu")]
+EMULATED = [(name, device) for name, device in BACKENDS if device == "cpu" and name not in ("reference", "cpu")]
 
 _COMMON: dict[str, Any] = {
     "deadline": None,
@@ -49,13 +45,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Fewer examples where kernels are interpreted, a hundred times as slowly as they run."""
+    """Fewer examples where GPU kernels run on the CPU."""
     test = getattr(item, "obj", None)
     if not hasattr(test, "_hypothesis_internal_use_settings"):
         return
     settings = hypothesis.settings()
     parameters = getattr(getattr(item, "callspec", None), "params", {})
-    if parameters.get("backend") in INTERPRETED:
+    if parameters.get("backend") in EMULATED:
         settings = hypothesis.settings(settings, max_examples=settings.max_examples // 5)
     test._hypothesis_internal_use_settings = settings
 
@@ -71,6 +67,11 @@ class Backend:
     def compiled(self) -> bool:
         """Kernels and operators, not plain PyTorch."""
         return self.name != "reference"
+
+    @property
+    def emulated(self) -> bool:
+        """GPU kernels on the CPU, far too slowly for large tensors."""
+        return (self.name, self.device) in EMULATED
 
     def tensor(self, value: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(np.asarray(value).tolist(), dtype=torch.float64).to(dtype).to(self.device)
@@ -102,10 +103,16 @@ def quick_interpreter() -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda entry: entry[0])
+def _parameter(name: str, device: str) -> Any:
+    return pytest.param((name, device), id=name, marks=[pytest.mark.gpu] if device == "cuda" else [])
+
+
+@pytest.fixture(params=[_parameter(*entry) for entry in BACKENDS])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Makes each call in the test use one back end."""
     name, device = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no GPU")
     if name not in fd.available_backends():
         pytest.skip(f"the back end {name!r} does not run here: {fd.build_info().get('reason')}")
     with fd.use_backend(name):

@@ -617,6 +617,8 @@ def test_the_interpreter_runs_during_a_kernel(backend: Backend) -> None:
     """Another Python thread makes progress while a kernel runs: the longest it is held up is far below a call."""
     if not backend.compiled:
         pytest.skip("plain PyTorch")
+    if backend.emulated:
+        pytest.skip("takes minutes when emulated")
     inputs = [backend.randn(1, 1 << 20, dtype=torch.bfloat16, seed=s).expand(400, 1 << 20) for s in range(3)]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -691,6 +693,8 @@ def test_more_elements_than_an_int32_counts(backend: Backend) -> None:
     """2^31 + 2^20 elements, expanded, without a gradient."""
     if not backend.compiled:
         pytest.skip("PyTorch materialises the difference")
+    if backend.emulated:
+        pytest.skip("takes minutes when emulated")
     inner = 1 << 20
     rows = (1 << 11) + 1
     x, teacher, fake = (backend.randn(1, 1, inner, dtype=torch.bfloat16, seed=s) for s in range(3))

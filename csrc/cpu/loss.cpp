@@ -46,10 +46,12 @@ class Loss {
   };
 
  public:
-  Loss(const LossCall& call, const LossLayout& layout)
+  Loss(const LossCall& call, const RatioStats* ratio, int threads, const Kernels& kernels, const LossLayout& layout)
       : call_(call),
+        ratio_(ratio),
+        threads_(threads),
         layout_(layout),
-        kernels_(call.kernels->of<T>()),
+        kernels_(kernels.of<T>()),
         chunks_((layout.elements + kChunk - 1) / kChunk),
         sums_(layout.batch * chunks_),
         normalizers_(layout.batch, 1.0) {
@@ -64,7 +66,7 @@ class Loss {
 
   void run() {
     const int64_t total = layout_.batch * layout_.elements;
-    const int threads = static_cast<int>(std::min<int64_t>(call_.threads, std::max<int64_t>(1, total / kPerThread)));
+    const int threads = static_cast<int>(std::min<int64_t>(threads_, std::max<int64_t>(1, total / kPerThread)));
     const int64_t sample_bytes = layout_.elements * static_cast<int64_t>(sizeof(T)) * 3;
     const bool share = threads > 1 && chunks_ > 1 && (layout_.batch < 4 * threads || sample_bytes > kShareBytes);
     std::atomic<int64_t> next_count{0}, next_sample{0};
@@ -460,9 +462,9 @@ class Loss {
     values[kWeightMin] = weight.or_nan(weight.low);
     values[kWeightMean] = weight.sum / static_cast<double>(weight.n);
     values[kWeightMax] = weight.or_nan(weight.high);
-    values[kRatioMean] = call_.ratio ? call_.ratio->ratio_mean : kNaN;
-    values[kClippedLow] = call_.ratio ? call_.ratio->clipped_low : kNaN;
-    values[kClippedHigh] = call_.ratio ? call_.ratio->clipped_high : kNaN;
+    values[kRatioMean] = ratio_ ? ratio_->ratio_mean : kNaN;
+    values[kClippedLow] = ratio_ ? ratio_->clipped_low : kNaN;
+    values[kClippedHigh] = ratio_ ? ratio_->clipped_high : kNaN;
     values[kEffectiveSampleSize] = weight.sum * weight.sum / weight.squares;
     values[kNonfinite] = static_cast<double>(bad);
     for (int i = 0; i < kStats; ++i) put(call_.stats, i, values[i]);
@@ -481,6 +483,8 @@ class Loss {
   }
 
   const LossCall& call_;
+  const RatioStats* const ratio_;
+  const int threads_;
   const LossLayout& layout_;
   const TypedKernels<T>& kernels_;
   const int64_t chunks_;
@@ -493,33 +497,27 @@ class Loss {
   bool stream_ = false;
 };
 
-constexpr Operand kElementwise[] = {kX, kTeacher, kFake, kUncond, kXt, kDx, kDTeacher, kDFake};
 constexpr int64_t kShortRun = 64;  // innermost rows shorter than this are gathered together
-
-template <class T, bool direct>
-void run(const LossCall& call, const Layout<kOperands>& layout) {
-  Loss<T, direct>(call, layout).run();
-}
 
 }  // namespace
 
-void loss(const LossCall& call) {
-  constexpr int leaders[] = {kDx, kX, kTeacher, kFake};
-  const Layout<kOperands> layout(call.dims, call.shape, call.operands, leaders, 4);
+void loss(const LossCall& call, const RatioStats* ratio, int threads, const Kernels& kernels) {
+  const Layout<kOperands> layout = call.layout();
 
   bool direct = layout.dims == 1 || layout.inner() >= kShortRun;
   const DType dtype = call.operands[kX].dtype;
   for (const int o : kElementwise)
     if (call.operands[o]) direct &= call.operands[o].dtype == dtype && layout.inner_stride(o) == 1;
-  for (const int o : {kWeight, kAlpha, kSigma}) direct &= layout.inner_stride(o) == 0;
+  for (const int o : kRows) direct &= layout.inner_stride(o) == 0;
   if (call.operands[kMask]) direct &= layout.inner_stride(kMask) <= 1 && layout.inner_stride(kMask) >= 0;
 
-  if (!direct) return call.wide ? run<double, false>(call, layout) : run<float, false>(call, layout);
+  const auto run = [&]<class T, bool dense>() { Loss<T, dense>(call, ratio, threads, kernels, layout).run(); };
+  if (!direct) return call.wide ? run.operator()<double, false>() : run.operator()<float, false>();
   switch (dtype) {
-    case DType::f32: return run<float, true>(call, layout);
-    case DType::f64: return run<double, true>(call, layout);
-    case DType::bf16: return run<bfloat16, true>(call, layout);
-    default: return run<float16, true>(call, layout);
+    case DType::f32: return run.operator()<float, true>();
+    case DType::f64: return run.operator()<double, true>();
+    case DType::bf16: return run.operator()<bfloat16, true>();
+    default: return run.operator()<float16, true>();
   }
 }
 

@@ -10,22 +10,6 @@
 
 namespace fdistill {
 
-double element(const void* data, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::f32: return static_cast<const float*>(data)[i];
-    case DType::f64: return static_cast<const double*>(data)[i];
-    case DType::bf16: return to_float(static_cast<const bfloat16*>(data)[i]);
-    case DType::f16: return to_float(static_cast<const float16*>(data)[i]);
-    case DType::boolean:
-    case DType::u8: return static_cast<const uint8_t*>(data)[i];
-    case DType::i8: return static_cast<const int8_t*>(data)[i];
-    case DType::i16: return static_cast<const int16_t*>(data)[i];
-    case DType::i32: return static_cast<const int32_t*>(data)[i];
-    case DType::i64: return static_cast<double>(static_cast<const int64_t*>(data)[i]);
-  }
-  return std::numeric_limits<double>::quiet_NaN();
-}
-
 namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();

@@ -9,6 +9,7 @@ pattern. The reference has none of these: the public functions then evaluate :mo
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -20,8 +21,9 @@ import torch
 
 from .. import _native
 
-NAMES = ("reference", "cpu", "triton")
-_DEFAULT = {"cpu": "cpu", "cuda": "triton"}
+NAMES = ("reference", "cpu", "cuda", "triton")
+_EMULATED = "cuda-emulated"  # tests alone: known where it was built
+_DEFAULT = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the first that can
 _environment = os.environ.get("FDISTILL_BACKEND") or None
 _override: str | None = None
 _loaded: dict[str, Any] = {}
@@ -32,36 +34,49 @@ def _why_not(name: str) -> str | None:
     """Why a back end cannot run here; None where it can."""
     if name == "cpu" and _native.module() is None:
         return f"the back end 'cpu' is not available: {_native.reason()}"
+    if name == "cuda":
+        return _why_not_cuda()
     if name == "triton":
         return _why_not_triton()
     return None
 
 
+def _why_not_cuda() -> str | None:
+    reason = _native.cuda_reason()
+    if reason is None and not torch.cuda.is_available():
+        reason = "PyTorch finds no GPU"
+    return None if reason is None else f"the back end 'cuda' is not available: {reason}"
+
+
 def _why_not_triton() -> str | None:
+    reason = None
     if importlib.util.find_spec("triton") is None:
-        return "the back end 'triton' is not available: triton is not installed (pip install triton)"
-    if not _triton_interprets() and not torch.cuda.is_available():
-        return (
-            "the back end 'triton' is not available: PyTorch finds no GPU (TRITON_INTERPRET=1 runs it, slowly, without)"
-        )
-    return None
+        reason = "triton is not installed (pip install triton)"
+    elif not _triton_interprets() and not torch.cuda.is_available():
+        reason = "PyTorch finds no GPU (TRITON_INTERPRET=1 does without, slowly)"
+    return None if reason is None else f"the back end 'triton' is not available: {reason}"
 
 
 def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
+@functools.cache
+def _names() -> tuple[str, ...]:
+    return NAMES if _native.emulator() is None else (*NAMES, _EMULATED)
+
+
 def _serves(name: str, device_type: str) -> bool:
     if name == "reference":
         return True
-    if name == "triton":
-        return device_type == ("cpu" if _triton_interprets() else "cuda")
-    return name == device_type
+    if name == _EMULATED or (name == "triton" and _triton_interprets()):
+        return device_type == "cpu"
+    return device_type == ("cuda" if name == "triton" else name)
 
 
 def available_backends() -> tuple[str, ...]:
     """Names of the back ends that can run here. :func:`build_info` says why another cannot."""
-    return tuple(name for name in NAMES if _why_not(name) is None)
+    return tuple(name for name in _names() if _why_not(name) is None)
 
 
 def unavailable_backends() -> dict[str, str]:
@@ -71,7 +86,7 @@ def unavailable_backends() -> dict[str, str]:
 
 def set_backend(name: str | None) -> None:
     """Makes every call use that back end. None restores the environment variable FDISTILL_BACKEND or, without one,
-    the default (cpu for CPU tensors, triton for CUDA tensors).
+    the default (cpu for CPU tensors; for CUDA tensors cuda, else triton).
 
     Raises:
         ValueError: unknown name.
@@ -97,8 +112,8 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def _check_name(name: str, argument: str) -> None:
-    if name not in NAMES:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, NAMES))}; got {name!r}")
+    if name not in _names():
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, _names()))}; got {name!r}")
 
 
 def choose(device: torch.device) -> str:
@@ -132,17 +147,19 @@ def _decide(override: str | None, device_type: str) -> str:
         if reason := _why_not(name):
             raise RuntimeError(reason)
         return name
-    name = _DEFAULT.get(device_type)
-    if name is None:
+    names = _DEFAULT.get(device_type)
+    if names is None:
         raise RuntimeError(
             f"no fused back end serves {device_type} tensors; fd.set_backend('reference') runs them in plain PyTorch"
         )
-    if reason := _why_not(name):
-        if not _warned:
-            _warned = True
-            warnings.warn(f"fdistill_ops runs in plain PyTorch, slowly: {reason}", RuntimeWarning, stacklevel=5)
-        return "reference"
-    return name
+    reasons = [_why_not(name) for name in names]
+    if None in reasons:
+        return names[reasons.index(None)]
+    if not _warned:
+        _warned = True
+        why = "; ".join(filter(None, reasons))
+        warnings.warn(f"fdistill_ops runs in plain PyTorch, slowly: {why}", RuntimeWarning, stacklevel=5)
+    return "reference"
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo with this package.
@@ -162,7 +179,7 @@ def kernels(device: torch.device) -> Any:
             raise RuntimeError(
                 "the back end 'reference' is plain PyTorch and has no operators: call the public functions"
             )
-        found = _loaded[name] = importlib.import_module(f"{__name__}.{name}")
+        found = _loaded[name] = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     return found
 
 

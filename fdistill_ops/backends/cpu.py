@@ -2,183 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from .._checks import OptionalTensors, compute_dtype
-from ..params import REDUCTIONS, LossParams, WeightParams
-from ..stats import FIELDS
-from ._shared import batched, histogram_buffers, in_dtype_of, is_dense, plain, scaled
+from ._compiled import DTYPES, Compiled
+from ._shared import batched, is_dense, scaled
 
 name = "cpu"
 
 _C = _native.module()
-_DTYPES = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.bool: 4,
-    torch.uint8: 5,
-    torch.int8: 6,
-    torch.int16: 7,
-    torch.int32: 8,
-    torch.int64: 9,
-}
 _POOLED_BYTES = 1 << 20
-_SAMPLE = REDUCTIONS["sample"]
 _from_dlpack = torch._C._from_dlpack
 
 
-def _record(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...], Tensor] | None:
-    """(address, dtype, strides), and the tensor itself, which keeps the memory alive."""
-    if tensor is None:
-        return None
-    tensor = plain(tensor)
-    return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride(), tensor
+class Cpu(Compiled):
+    def gradient_like(self, x: Tensor) -> Tensor:
+        """Large ones reuse the memory of earlier gradients: fresh memory costs more in page faults than the gradient
+        takes to write."""
+        bytes_ = x.numel() * x.itemsize
+        if bytes_ < _POOLED_BYTES or not (x.is_contiguous() or is_dense(x)):
+            return torch.empty_like(x)
+        return _from_dlpack(_C.pooled_empty(tuple(x.shape), x.stride(), DTYPES[x.dtype], bytes_))
+
+    def run_loss(self, device: torch.device, *arguments: Any) -> None:
+        _C.loss(*arguments, torch.get_num_threads())
+
+    def run_weights(self, device: torch.device, arguments: Any, weights: int, ratio_stats: int) -> None:
+        _C.f_weights(arguments, weights, ratio_stats)
 
 
-def _gradient_like(x: Tensor) -> Tensor:
-    """Uninitialised, with x's shape, dtype and (where they are dense) strides. Large ones reuse the memory of earlier
-    gradients: fresh memory costs more in page faults than the gradient takes to write."""
-    bytes_ = x.numel() * x.itemsize
-    if bytes_ < _POOLED_BYTES or not (x.is_contiguous() or is_dense(x)):
-        return torch.empty_like(x)
-    return _from_dlpack(_C.pooled_empty(tuple(x.shape), x.stride(), _DTYPES[x.dtype], bytes_))
-
-
-def _weight_arguments(
-    logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
-) -> tuple[tuple[Any, ...], Tensor | None]:
-    bins, new_bins = histogram_buffers(bins)
-    bins_address, n_bins = (0, 0) if bins is None else (bins.data_ptr(), bins.numel())
-    if t is not None and t.dtype not in _DTYPES:
-        t = t.double()
-    heads = logits.shape[1] if logits.ndim == 2 else 1
-    new_address = 0 if new_bins is None else new_bins.data_ptr()
-    arguments = (logits.shape[0], heads, _record(logits), _record(t), bins_address, n_bins, new_address, params)
-    return (*arguments, bins), new_bins  # the last only to be kept alive
-
-
-def f_weights(
-    logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    arguments, new_bins = _weight_arguments(logits, t, bins, params)
-    weights = torch.empty(logits.shape[:1], dtype=compute_dtype(logits), device="cpu")
-    ratio_stats = torch.empty(3, dtype=torch.float64, device="cpu")
-    _C.f_weights(arguments, weights.data_ptr(), ratio_stats.data_ptr())
-    return weights, in_dtype_of(bins, new_bins), ratio_stats
-
-
-def _loss(
-    inputs: Sequence[Tensor],
-    tensors: OptionalTensors,
-    params: LossParams,
-    gradients: Sequence[Tensor | None],
-    weight_arguments: tuple[Any, ...] | None,
-    score_identity: bool,
-    with_scale: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Runs the kernel. The loss, the scale of float16 gradients (None without such), the statistics (None unless
-    wanted)."""
-    x, teacher, fake = inputs
-    weight, uncond, guidance, mask, x_t, alpha, sigma, normalizer = tensors
-    dtype = compute_dtype(x, teacher, fake, uncond, x_t)
-    per_sample = params.reduction == _SAMPLE
-    loss = torch.empty(x.shape[:1] if per_sample else (), dtype=dtype, device="cpu")
-    scale = stats = None
-    if with_scale and any(g is not None and g.dtype is torch.float16 for g in gradients):
-        scale = torch.empty(x.shape[:1], dtype=dtype, device="cpu")
-    if params.need_stats:
-        stats = torch.empty(len(FIELDS), dtype=dtype, device="cpu")
-    operands = (
-        _record(x),
-        _record(teacher),
-        _record(fake),
-        _record(uncond),
-        _record(x_t),
-        _record(mask),
-        _record(weight),
-        _record(alpha),
-        _record(sigma),
-        *[_record(gradient) for gradient in gradients],
-    )
-    _C.loss(
-        tuple(x.shape),
-        operands,
-        _record(guidance),
-        _record(normalizer),
-        params,
-        weight_arguments,
-        score_identity,
-        dtype is torch.float64,
-        loss.data_ptr(),
-        0 if scale is None else scale.data_ptr(),
-        0 if stats is None else stats.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return loss, scale, stats
-
-
-def distribution_matching(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    tensors: OptionalTensors,
-    params: LossParams,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    gradient = _gradient_like(x) if need_grad else None
-    loss, scale, stats = _loss((x, teacher, fake), tensors, params, (gradient, None, None), None, False)
-    return loss, gradient, scale, stats
-
-
-def difference(
-    x: Tensor, teacher: Tensor, fake: Tensor, tensors: OptionalTensors, params: LossParams, out: Tensor | None
-) -> Tensor:
-    """g: the gradient of the sum (params.reduction)."""
-    g = _gradient_like(x) if out is None else out
-    _loss((x, teacher, fake), tensors, params, (g, None, None), None, False, with_scale=False)
-    return g
-
-
-def f_distill(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    logits: Tensor,
-    t: Tensor | None,
-    bins: Tensor | None,
-    tensors: OptionalTensors,
-    weight_params: WeightParams,
-    params: LossParams,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    arguments, new_bins = _weight_arguments(logits, t, bins, weight_params)
-    gradient = _gradient_like(x) if need_grad else None
-    loss, scale, stats = _loss((x, teacher, fake), tensors, params, (gradient, None, None), arguments, False)
-    return loss, gradient, scale, stats, in_dtype_of(bins, new_bins)
-
-
-def score_identity(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    normalizer: Tensor | None,
-    params: LossParams,
-    need_grads: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    inputs = (x, teacher, fake)
-    gradients = [_gradient_like(tensor) if need else None for tensor, need in zip(inputs, need_grads, strict=True)]
-    tensors = (weight, None, None, mask, None, None, None, normalizer)
-    loss, scale, stats = _loss(inputs, tensors, params, gradients, None, True)
-    return loss, *gradients, scale, stats
+_cpu = Cpu()
+f_weights = _cpu.f_weights
+distribution_matching = _cpu.distribution_matching
+difference = _cpu.difference
+f_distill = _cpu.f_distill
+score_identity = _cpu.score_identity
 
 
 def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool) -> Tensor:

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "fdistill/dtype.h"
+#include "dtype.h"
 
 namespace fdistill {
 

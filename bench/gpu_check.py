@@ -1,0 +1,234 @@
+"""Everything that needs a GPU, in under nine minutes and without a network: ``make gpu-check OUT=DIR``.
+
+Builds the compiled modules in place, runs the tests marked ``gpu``, compute-sanitizer over a small set of calls, ncu for
+the DRAM bytes of one large launch where its counters can be read, and the benchmark. Logs, JSON and plots go to DIR; the
+last output is a table, and the exit status is not zero if anything failed. A check that cannot run here says why and
+counts as skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET_S = 510.0  # of nine minutes
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+@dataclass
+class Result:
+    """What a check found. ``status``: ok, FAILED or skipped."""
+
+    name: str
+    status: str
+    seconds: float = 0.0
+    note: str = ""
+
+
+class Skip(Exception):
+    """Why a check cannot run here."""
+
+
+class Failure(Exception):
+    """What a check found wrong."""
+
+
+class Checks:
+    def __init__(self, out: Path, budget: float) -> None:
+        self.out, self.end = out, time.monotonic() + budget
+        self.results: list[Result] = []
+
+    def run(self, name: str, check: Callable[[], str]) -> None:
+        start = time.monotonic()
+        try:
+            if self.end - start < 5:
+                raise Skip("no time left")
+            status, note = "ok", check()
+        except Skip as reason:
+            status, note = "skipped", str(reason)
+        except Failure as failure:
+            status, note = "FAILED", str(failure)
+        self.results.append(Result(name, status, round(time.monotonic() - start, 1), note))
+        print(f"{name}: {status} {note}", flush=True)
+
+    def command(self, log: str, command: list[str], limit: float, **environment: str) -> str:
+        """Runs a command in the repository, its output to ``log``. Returns the output."""
+        limit = max(5.0, min(limit, self.end - time.monotonic()))
+        path = self.out / log
+        with path.open("w") as file:
+            file.write(f"$ {' '.join(command)}\n")
+            file.flush()
+            try:
+                code = subprocess.run(
+                    command,
+                    cwd=ROOT,
+                    env=os.environ | environment,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=limit,
+                ).returncode
+            except subprocess.TimeoutExpired:
+                raise Failure(f"took more than {limit:.0f} s; see {log}") from None
+            except OSError as error:
+                raise Failure(str(error)) from None
+        text = path.read_text(errors="replace")
+        if code != 0:
+            lines = [line for line in text.splitlines() if line.strip()]
+            raise Failure(f"exit status {code}; see {log}: {lines[-1][:160]}")
+        return text
+
+
+def tool(name: str) -> str:
+    """The path of a tool of the CUDA toolkit."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = shutil.which(name) or shutil.which(name, path=os.path.join(home, "bin"))
+    if found is None:
+        raise Skip(f"{name} is not installed")
+    return found
+
+
+def versions() -> dict[str, str]:
+    import torch
+
+    found = {"python": sys.version.split()[0], "torch": torch.__version__}
+    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    for name in ("triton", "numpy", "pytest", "hypothesis"):
+        if importlib.util.find_spec(name):
+            found[name] = importlib.import_module(name).__version__
+    for name, command in (
+        ("nvcc", ["nvcc", "--version"]),
+        ("driver", ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        ("commit", ["git", "-C", str(ROOT), "rev-parse", "HEAD"]),
+    ):
+        try:
+            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+            found[name] = [line for line in lines if line][-1]
+        except (OSError, subprocess.CalledProcessError):
+            continue
+    return found
+
+
+def check_tests(checks: Checks) -> str:
+    if importlib.util.find_spec("pytest") is None:
+        raise Failure("pytest is not installed")
+    text = checks.command("pytest.log", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--durations=10"], 240)
+    return next(line for line in reversed(text.splitlines()) if re.search(r"passed|skipped|failed|no tests", line))
+
+
+def check_sanitizer(checks: Checks, name: str) -> str:
+    command = [tool("compute-sanitizer"), "--tool", name, "--error-exitcode", "9"]
+    script = [sys.executable, str(ROOT / "bench" / "gpu_calls.py")]
+    checks.command(f"{name}.log", [*command, *script], 45, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return "no errors"
+
+
+def check_dram(checks: Checks) -> str:
+    """DRAM bytes of one f_distill_loss over 64 MiB tensors, in units of one tensor."""
+    metrics = "dram__bytes_read.sum,dram__bytes_write.sum"
+    command = [
+        tool("ncu"),
+        "--metrics",
+        metrics,
+        "--csv",
+        "--kernel-name-base",
+        "demangled",
+        "-k",
+        "regex:on_chip|split",
+    ]
+    try:
+        text = checks.command("ncu.log", [*command, sys.executable, "bench/gpu_calls.py", "--large"], 60)
+    except Failure as failure:
+        if "ERR_NVGPUCTRPERM" in (checks.out / "ncu.log").read_text(errors="replace"):
+            raise Skip("this machine does not let its counters be read") from None
+        raise failure
+    moved = dram_bytes(text)
+    if not moved:
+        raise Failure("ncu measured nothing; see ncu.log")
+    tensors = moved[-1] / (64 << 20)
+    (checks.out / "dram.json").write_text(json.dumps({"bytes": moved, "tensors": tensors}, indent=1) + "\n")
+    if tensors > 4.4:
+        raise Failure(f"{tensors:.2f} tensors through DRAM, more than 4")
+    return f"{tensors:.2f} tensors through DRAM"
+
+
+def dram_bytes(text: str) -> list[float]:
+    """Bytes of each launch, from ncu's CSV: two rows for each, read and written."""
+    unit = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
+    row = re.compile(r'"dram__bytes_(?:read|write)\.sum","(\w+)","([\d.,]+)"')
+    values = [unit[name] * float(value.replace(",", "")) for name, value in row.findall(text)]
+    return [sum(pair) for pair in zip(values[::2], values[1::2], strict=False)]
+
+
+def check_benchmark(checks: Checks) -> str:
+    if not (ROOT / "bench" / "__main__.py").exists():
+        raise Skip("there is no bench/__main__.py")
+    output = ["--json", str(checks.out / "bench.json"), "--plot", str(checks.out)]
+    checks.command("bench.log", [sys.executable, "-m", "fdistill_ops.bench", "--quick", *output], 150)
+    return "bench.json"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the folder for logs, JSON and plots")
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    checks = Checks(out, BUDGET_S)
+
+    checks.run("build", lambda: build(checks))
+    for back_end in ("cuda", "triton"):
+        checks.run(f"{back_end} is there", lambda back_end=back_end: present(checks, back_end))
+    checks.run("tests", lambda: check_tests(checks))
+    for name in SANITIZERS:
+        checks.run(name, lambda name=name: check_sanitizer(checks, name))
+    checks.run("DRAM", lambda: check_dram(checks))
+    checks.run("benchmark", lambda: check_benchmark(checks))
+
+    found = versions()
+    summary = {"versions": found, "checks": [asdict(result) for result in checks.results]}
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    table = "\n".join([*(f"{name}: {value}" for name, value in found.items()), "", *rows(checks.results)])
+    (out / "summary.txt").write_text(table + "\n")
+    print(f"\n{table}")
+    return int(any(result.status == "FAILED" for result in checks.results))
+
+
+def build(checks: Checks) -> str:
+    compute = ".".join(map(str, capability()))
+    environment = {"FDISTILL_CUDA": "1", "FDISTILL_CUDA_ARCHS": compute.replace(".", "")}
+    checks.command("build.log", [sys.executable, "csrc/compile_kernels.py"], 180, **environment)
+    return f"for compute capability {compute}"
+
+
+def capability() -> tuple[int, int]:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Failure("PyTorch finds no GPU")
+    return torch.cuda.get_device_capability()
+
+
+def present(checks: Checks, back_end: str) -> str:
+    script = f"import fdistill_ops as fd; fd.set_backend({back_end!r}); print(fd.build_info())"
+    checks.command(f"{back_end}.log", [sys.executable, "-c", script], 60)
+    return ""
+
+
+def rows(results: list[Result]) -> list[str]:
+    width = max(len(result.name) for result in results)
+    return [f"{r.name:<{width}}  {r.status:<7}  {r.seconds:6.1f} s  {r.note}".rstrip() for r in results]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+// The functions of cuda/device.h for the host compiler. What the running thread is allowed to do is decided in emulator.cpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <source_location>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define FD_ARGUMENTS(Record) const Record&
+
+namespace fdistill::gpu {
+
+struct alignas(16) Vec16 {
+  uint32_t word[4];
+};
+
+using Site = std::source_location;
+
+unsigned thread();
+unsigned threads();
+unsigned block();
+unsigned blocks();
+unsigned cluster_size();
+unsigned cluster_rank();
+
+void sync_block(Site site = Site::current());
+void sync_cluster(Site site = Site::current());
+uint64_t shuffle_bits(uint64_t value, int lanes, const Site& site);
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}
+
+template <class T>
+T shuffle_xor(T value, int lanes, Site site = Site::current()) {
+  uint64_t bits = 0;
+  static_assert(sizeof(T) <= sizeof(bits));
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = shuffle_bits(bits, lanes, site);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+// ------------------------------------------------------------------------------------------------------ global memory
+
+void check_global(const void* p, size_t bytes, size_t alignment, bool writes);
+
+template <class T>
+T load(const T* p) {
+  check_global(p, sizeof(T), alignof(T), false);
+  return *p;
+}
+template <class T>
+T load_once(const T* p) {
+  return load(p);
+}
+template <class T>
+T load_fresh(const T* p) {
+  return load(p);
+}
+template <class T>
+void store(T* p, std::type_identity_t<T> value) {
+  check_global(p, sizeof(T), alignof(T), true);
+  *p = value;
+}
+inline void store_once(Vec16* p, const Vec16& value) { store(p, value); }
+
+template <class T>
+T add_atomically(T* p, std::type_identity_t<T> value) {
+  const T before = load(p);
+  store(p, before + value);
+  return before;
+}
+inline void fence() {}
+void wait_until_set(const unsigned* p);
+
+// ------------------------------------------------------------------------------------------------------ shared memory
+
+// The address of `bytes` of shared memory at an offset, in the block of that rank of the cluster.
+unsigned char* check_shared(unsigned rank, int64_t offset, size_t bytes, bool writes);
+[[noreturn]] void shared_index_error(int64_t i, int64_t count);
+
+template <class T>
+struct Shared {
+  uint32_t offset;
+  int64_t count;
+
+  T get(int64_t i) const { return get_from(cluster_rank(), i); }
+  void set(int64_t i, const T& value) const {
+    if (i < 0 || i >= count) shared_index_error(i, count);
+    std::memcpy(check_shared(cluster_rank(), at(i), sizeof(T), true), &value, sizeof(T));
+  }
+  T get_from(unsigned rank, int64_t i) const {
+    if (i < 0 || i >= count) shared_index_error(i, count);
+    T value;
+    std::memcpy(&value, check_shared(rank, at(i), sizeof(T), false), sizeof(T));
+    return value;
+  }
+
+ private:
+  int64_t at(int64_t i) const { return offset + i * static_cast<int64_t>(sizeof(T)); }
+};
+
+template <class T>
+Shared<T> shared_memory(uint32_t offset, int64_t count) {
+  return {offset, count};
+}
+
+}  // namespace fdistill::gpu

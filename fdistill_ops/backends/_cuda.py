@@ -1,0 +1,127 @@
+"""The kernels of csrc/cuda as a back end, over either module that holds them: for GPUs, or emulated for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import OptionalTensors
+from ..params import LossParams
+from ._compiled import DTYPES, Compiled, record
+from ._shared import batched, is_dense, plain, scaled
+
+_MAX_DIMS = 9  # of x, beyond which a sample may have more dimensions than the kernels take (kDims in csrc/cuda)
+_FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+
+class _Memory:
+    """What the kernels keep on a stream from call to call: counters, which every launch leaves at zero, and scratch."""
+
+    __slots__ = ("counters", "record", "scratch")
+
+    def __init__(self, counters: int, scratch: int, device: torch.device) -> None:
+        self.counters = torch.zeros(counters, dtype=torch.int32, device=device)
+        self.scratch = torch.empty(scratch, dtype=torch.uint8, device=device)
+        self.record = (self.counters.data_ptr(), counters, self.scratch.data_ptr(), scratch)
+
+
+_NOTHING = (0, 0, 0, 0)
+
+
+class Cuda(Compiled):
+    """``native``: the module with the kernels; ``stream_of``: the stream in use on a device, as an integer;
+    ``capturing``: whether that stream is being captured in a graph."""
+
+    def __init__(self, native: Any, stream_of: Callable[[int], int], capturing: Callable[[], bool]) -> None:
+        self._native, self._stream_of, self._capturing = native, stream_of, capturing
+        self._memory: dict[tuple[int, int], _Memory] = {}
+
+    def _with_memory(
+        self, function: Callable[..., tuple[int, int] | None], device: torch.device, *arguments: Any
+    ) -> None:
+        """Calls function(*arguments, memory, device, stream) with as much memory as it needs. A graph has memory of
+        its own, cleared whenever it runs."""
+        index = device.index or 0
+        stream = self._stream_of(index)
+        if self._capturing():
+            lacking = function(*arguments, _NOTHING, index, stream)
+            if lacking is not None:
+                memory = _Memory(*lacking, device)
+                function(*arguments, memory.record, index, stream)
+            return
+        key = (index, stream)
+        kept = self._memory.get(key)
+        lacking = function(*arguments, _NOTHING if kept is None else kept.record, index, stream)
+        if lacking is not None:
+            counters, scratch = (max(1 << (n - 1).bit_length(), 4096) for n in lacking)
+            if kept is not None:
+                counters, scratch = max(counters, kept.record[1]), max(scratch, kept.record[3])
+            kept = self._memory[key] = _Memory(counters, scratch, device)
+            function(*arguments, kept.record, index, stream)
+
+    def run_loss(self, device: torch.device, *arguments: Any) -> None:
+        self._with_memory(self._native.loss, device, *arguments)
+
+    def run_weights(self, device: torch.device, arguments: Any, weights: int, ratio_stats: int) -> None:
+        self._with_memory(self._native.f_weights, device, arguments, weights, ratio_stats)
+
+    def _loss(
+        self,
+        inputs: Sequence[Tensor],
+        tensors: OptionalTensors,
+        params: LossParams,
+        gradients: Sequence[Tensor | None],
+        *arguments: Any,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if inputs[0].ndim <= _MAX_DIMS:
+            return super()._loss(inputs, tensors, params, gradients, *arguments, **options)
+        # Copies whose dimensions merge. Rows of coefficients stay apart from what they cover.
+        dense = [tensor.contiguous() for tensor in inputs]
+        rest: Any = tuple(tensor if tensor is None else tensor.contiguous() for tensor in tensors)
+        targets = [None if g is None else torch.empty_like(g, memory_format=torch.contiguous_format) for g in gradients]
+        results = super()._loss(dense, rest, params, targets, *arguments, **options)
+        for gradient, target in zip(gradients, targets, strict=True):
+            if gradient is not None and target is not None:
+                gradient.copy_(target)
+        return results
+
+    def scale_gradient(self, gradient: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool) -> Tensor:
+        """A saved gradient times the incoming one (0-dimensional or [B]) and, in float16, its ``scale`` [B]: in place
+        unless the graph is kept. The host does not wait for the factor: a kernel reads it and, where it is 1 and there
+        is nothing to copy, nothing else."""
+        if gradient.dtype is not torch.float16:
+            scale = None
+        if batched(upstream):
+            return scaled(gradient, upstream if scale is None else upstream * scale)
+        per_sample = upstream.ndim == 1 or scale is not None
+        gradient = plain(gradient)
+        in_order = gradient.is_contiguous() or (is_dense(gradient) and (not per_sample or _outermost_first(gradient)))
+        if not in_order or upstream.dtype not in _FLOATING:
+            return scaled(gradient, upstream if scale is None else upstream * scale)
+        batch = gradient.shape[0] if per_sample else 1
+        out = torch.empty_like(gradient) if keep else gradient
+        index = gradient.device.index or 0
+        self._native.scale_gradient(
+            gradient.data_ptr(),
+            out.data_ptr(),
+            DTYPES[gradient.dtype],
+            batch,
+            gradient.numel() // batch if batch else 0,
+            record(upstream),
+            record(scale),
+            index,
+            self._stream_of(index),
+        )
+        return out
+
+    def empty_cache(self) -> None:
+        self._memory.clear()
+
+
+def _outermost_first(x: Tensor) -> bool:
+    """Whether a dense tensor holds one sample after the other."""
+    return x.shape[0] <= 1 or x.stride(0) * x.shape[0] == x.numel()

@@ -1,0 +1,279 @@
+"""What only the CUDA kernels have, in the emulator: memory traffic, launches, the schemes of other devices."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fdistill_ops as fd
+from fdistill_ops import _native
+
+emulator = _native.emulator()
+pytestmark = pytest.mark.skipif(emulator is None, reason="the emulator is not built (FDISTILL_EMULATOR=1)")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ON_CHIP, SPLIT = (3, 4, 64, 64), (1, 16, 21, 60, 104)  # a sample in shared memory, and one that is too large for it
+NO_CLUSTERS = {"max_cluster": 1, "shared_bytes": 163 << 10}  # sm_80
+
+
+@pytest.fixture(autouse=True)
+def emulated() -> Iterator[None]:
+    with fd.use_backend("cuda-emulated"):
+        yield
+
+
+@contextlib.contextmanager
+def device(**changes: int) -> Iterator[None]:
+    """Another device than the default one."""
+    names = ("processors", "blocks_per_processor", "max_cluster", "shared_bytes", "level2_bytes", "order")
+    before = emulator.settings()
+    emulator.configure(*(dict(zip(names, before, strict=True)) | changes).values())
+    try:
+        yield
+    finally:
+        emulator.configure(*before)
+
+
+def batch(shape: tuple[int, ...], dtype: torch.dtype, names: str = "x teacher fake") -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name in names.split()}
+    tensors["x"].requires_grad_()
+    return tensors
+
+
+def traffic(call: Callable[[], Any]) -> tuple[int, int, int]:
+    """Launches, bytes loaded, bytes stored."""
+    emulator.take_traffic()
+    call()
+    return emulator.take_traffic()
+
+
+def within(got: int, budget: float, samples: int) -> bool:
+    """No more than the budget and what goes with a sample and a chunk; and no less than the budget, which would mean
+    that something was not counted."""
+    return budget <= got <= 1.02 * budget + 4096 * samples
+
+
+# ------------------------------------------------------------------------------------------------------------ traffic
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_operand_is_read_once_on_chip(dtype: torch.dtype) -> None:
+    """f_distill_loss: one launch, three reads, one write."""
+    tensors = batch(ON_CHIP, dtype)
+    size, B = tensors["x"].nbytes, ON_CHIP[0]
+    histogram = fd.RatioHistogram(0.0, 1.0)
+    t, logits = torch.rand(B), torch.randn(B)
+    launches, loaded, stored = traffic(lambda: fd.f_distill_loss(**tensors, logits=logits, t=t, histogram=histogram))
+    assert launches == 1
+    assert within(loaded, 3 * size, B)
+    assert within(stored, size, B)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_split_samples_read_the_teacher_twice(dtype: torch.dtype) -> None:
+    """One launch still. The second read comes from the level 2 cache; float16 reads fake twice too, for its scale."""
+    tensors = batch(SPLIT, dtype)
+    size, chunks = tensors["x"].nbytes, tensors["x"].numel() / 8192
+    launches, loaded, stored = traffic(lambda: fd.f_distill_loss(**tensors, logits=torch.zeros(1)))
+    assert launches == 1
+    assert within(loaded, (5 if dtype is torch.float16 else 4) * size, chunks)
+    assert within(stored, size, chunks)
+
+
+@pytest.mark.parametrize("shape", [ON_CHIP, SPLIT])
+def test_without_a_normaliser_two_operands_are_read(shape: tuple[int, ...]) -> None:
+    tensors = batch(shape, torch.float32)
+    size, chunks = tensors["x"].nbytes, tensors["x"].numel() / 8192 + shape[0]
+    launches, loaded, stored = traffic(lambda: fd.distribution_matching_loss(**tensors, normalizer=None))
+    assert launches == 1
+    assert within(loaded, 2 * size, chunks)
+    assert within(stored, size, chunks)
+    tensors["x"] = tensors["x"].detach()
+    assert traffic(lambda: fd.distribution_matching_loss(**tensors, normalizer=None))[2] < 200 * chunks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_guidance_prediction_and_mask_add_themselves(dtype: torch.dtype) -> None:
+    """Guidance and a prediction other than x0 one tensor each; a mask its bytes, once to be counted and once to be
+    applied; one that repeats is counted from what is there."""
+    tensors = batch(ON_CHIP, dtype, "x teacher fake teacher_uncond x_t")
+    x_t, size, B = tensors.pop("x_t"), tensors["x"].nbytes, ON_CHIP[0]
+    launches, loaded, _ = traffic(lambda: fd.distribution_matching_loss(**tensors, guidance_scale=3.0))
+    assert (launches, within(loaded, 4 * size, B)) == (1, True)
+    schedule = {"prediction": "v", "x_t": x_t, "alpha": 0.6, "sigma": 0.8}
+    launches, loaded, _ = traffic(lambda: fd.distribution_matching_loss(**tensors, guidance_scale=3.0, **schedule))
+    assert (launches, within(loaded, 5 * size, B)) == (1, True)
+    mask = torch.rand(ON_CHIP) > 0.5
+    launches, loaded, _ = traffic(lambda: fd.distribution_matching_loss(**tensors, guidance_scale=3.0, mask=mask))
+    assert (launches, within(loaded, 4 * size + 2 * mask.numel(), B)) == (2, True)
+    frames = (torch.rand(ON_CHIP[0], 4, 1, 1) > 0.5).expand(ON_CHIP)
+    launches, loaded, _ = traffic(lambda: fd.distribution_matching_loss(**tensors, guidance_scale=3.0, mask=frames))
+    assert (launches, within(loaded, 4 * size, B)) == (2, True)
+
+
+def test_score_identity_reads_three_and_writes_three() -> None:
+    tensors = batch(ON_CHIP, torch.float32)
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    size, B = tensors["x"].nbytes, ON_CHIP[0]
+    launches, loaded, stored = traffic(lambda: fd.score_identity_loss(**tensors))
+    assert launches == 1
+    assert within(loaded, 3 * size, B)
+    assert within(stored, 3 * size, B)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("reduction", ["mean", "sample"])
+def test_backward_moves_nothing_where_the_incoming_gradient_is_one(dtype: torch.dtype, reduction: str) -> None:
+    tensors = batch(ON_CHIP, dtype)
+    size, B = tensors["x"].nbytes, ON_CHIP[0]
+    expected = {}
+    for factor, moved in ((1.0, 0), (0.5, size)):
+        tensors["x"].grad = None
+        loss = fd.distribution_matching_loss(**tensors, reduction=reduction)
+        address = loss.grad_fn.saved_tensors[1].data_ptr()
+        upstream = torch.full_like(loss, factor)
+        launches, loaded, stored = traffic(lambda loss=loss, upstream=upstream: loss.backward(upstream))
+        assert launches == 1
+        assert within(loaded, moved, B)
+        assert stored == moved
+        assert tensors["x"].grad.data_ptr() == address
+        expected[factor] = tensors["x"].grad
+    assert torch.equal(expected[1.0] * 0.5, expected[0.5])
+
+
+def test_a_kept_graph_costs_a_copy() -> None:
+    tensors = batch(ON_CHIP, torch.float32)
+    loss = fd.distribution_matching_loss(**tensors)
+    launches, loaded, stored = traffic(lambda: loss.backward(retain_graph=True))
+    assert launches == 1
+    assert within(loaded, tensors["x"].nbytes, 1)
+    assert stored == tensors["x"].nbytes
+
+
+# ------------------------------------------------------------------------------------------------------------ launches
+
+
+def test_never_more_than_three_launches() -> None:
+    B = 1100  # more logits than every block should read for itself
+    tensors = batch((B, 40), torch.float32)
+    logits, mask = torch.randn(B), torch.rand(B, 40) > 0.5
+    assert traffic(lambda: fd.f_distill_loss(**tensors, logits=logits))[0] == 2
+    assert traffic(lambda: fd.f_distill_loss(**tensors, logits=logits, mask=mask, return_stats=True))[0] == 3
+
+
+@pytest.mark.parametrize("samples", [1024, 1025])
+def test_weights_of_large_batches(samples: int) -> None:
+    """Inside of the loss and in a launch before it: the same loss and statistics as from f_weights by itself."""
+    tensors = batch((samples, 3), torch.float32)
+    logits, t = torch.randn(samples, 2), torch.rand(samples)
+    before, after = fd.RatioHistogram(0.0, 1.0), fd.RatioHistogram(0.0, 1.0)
+    loss, stats = fd.f_distill_loss(**tensors, logits=logits, t=t, histogram=before, return_stats=True)
+    weight = fd.f_weights(logits, t, histogram=after)
+    want, want_stats = fd.distribution_matching_loss(**tensors, weight=weight, return_stats=True)
+    assert torch.equal(loss, want)
+    assert torch.equal(before.bins, after.bins)
+    assert torch.equal(stats.vector[:9], want_stats.vector[:9])
+    assert torch.equal(stats.effective_sample_size, want_stats.effective_sample_size)
+    assert bool(stats.ratio_mean.isfinite())
+
+
+# ------------------------------------------------------------------------------------------------------------- devices
+
+
+def results(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    tensors = batch(shape, dtype)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.3
+    logits = torch.linspace(-2, 3, shape[0])
+    found = []
+    for more in ({}, {"mask": mask, "nonfinite": "zero"}, {"mask": mask, "reduction": "sample"}, {"normalizer": None}):
+        loss, stats = fd.f_distill_loss(**tensors, logits=logits, **more, return_stats=True)
+        plain = fd.f_distill_loss(**tensors, logits=logits, **more)
+        found += [loss.detach(), stats.vector, plain.detach(), *torch.autograd.grad(plain.sum(), tensors["x"])]
+    inputs = [tensor.detach().requires_grad_() for tensor in tensors.values()]
+    loss = fd.score_identity_loss(*inputs, alpha=1.2)
+    return [*found, loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+def same(got: list[Tensor], want: list[Tensor]) -> bool:
+    return all(torch.equal(a.nan_to_num(nan=-1.25), b.nan_to_num(nan=-1.25)) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 3, 16, 17), (3, 60000)])
+@pytest.mark.parametrize("clusters", [True, False])
+def test_the_order_of_the_blocks_changes_nothing(shape: tuple[int, ...], dtype: torch.dtype, clusters: bool) -> None:
+    """On chip and split, in whatever order blocks start and however many run at once; also with one alone, which has
+    to get along without the others."""
+    kind = {} if clusters else NO_CLUSTERS
+    with device(**kind, order=0):
+        want = results(shape, dtype)
+    for order, processors, level2 in ((1, 1, 50 << 20), (2, 3, 50 << 20), (3, 3, 1 << 10)):
+        blocks = {"blocks_per_processor": 1, "processors": processors, "level2_bytes": level2}
+        with device(**kind, **blocks, order=order):
+            assert same(results(shape, dtype), want), (order, processors, level2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("elements", [8000, 50000, 120000])
+def test_schemes_agree(dtype: torch.dtype, elements: int) -> None:
+    """One block, clusters and split samples give the same gradients, up to the last bits of n_b."""
+    tensors = batch((2, elements), dtype)
+    found = []
+    for kind in ({"max_cluster": 1, "shared_bytes": 227 << 10}, {"max_cluster": 8}, {"shared_bytes": 48 << 10}):
+        with device(**kind):
+            g = fd.score_difference(**tensors)
+            found.append(g)
+    for g in found[1:]:
+        assert_ulps(g, found[0])
+
+
+def assert_ulps(got: Tensor, want: Tensor) -> None:
+    from fdistill_ops.testing import assert_close
+
+    assert_close(got, want, ulps=1.0)
+
+
+def test_memory_grows_with_the_calls() -> None:
+    """Counters and scratch of a stream serve larger batches after smaller ones, and the other way round."""
+    from fdistill_ops.backends import cuda_emulated
+
+    cuda_emulated.empty_cache()
+    want = {}
+    for B in (2, 3000, 5, 9000, 2, 3000):
+        tensors = batch((B, 9), torch.float32)
+        loss = fd.distribution_matching_loss(**tensors, reduction="sum", normalizer=None if B == 5 else "mean_abs")
+        assert want.setdefault(B, float(loss)) == float(loss)
+
+
+def test_an_error_leaves_the_next_call_alone() -> None:
+    """A failed launch raises with the kernel's name."""
+    tensors = batch((2, 100), torch.float32)
+    want = float(fd.distribution_matching_loss(**tensors))
+    with device(shared_bytes=100), pytest.raises(RuntimeError, match=r"loss .* shared memory"):
+        fd.distribution_matching_loss(**tensors)
+    assert float(fd.distribution_matching_loss(**tensors)) == want
+
+
+def test_more_dimensions_than_a_kernel_takes() -> None:
+    shape = (2,) * 12
+    order = (0, *range(11, 0, -1))
+    tensors = {name: value.detach().permute(order) for name, value in batch(shape, torch.float32).items()}
+    tensors["fake"] = tensors["fake"].permute(0, 2, 1, *range(3, 12))
+    weight = torch.rand(2, 2, 2, 2, 2).permute(0, 3, 1, 4, 2)
+    mask = (torch.rand(2, 1, 2, 1, 2, 1, 2, 1, 2, 1, 2, 1) > 0.4).expand(shape)
+    x = tensors.pop("x").requires_grad_()
+    loss = fd.distribution_matching_loss(x, **tensors, weight=weight, mask=mask)
+    (gradient,) = torch.autograd.grad(loss, x)
+    with fd.use_backend("reference"):
+        want = fd.distribution_matching_loss(x, **tensors, weight=weight, mask=mask)
+        (want_gradient,) = torch.autograd.grad(want, x)
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(gradient, want_gradient)
