@@ -18,7 +18,10 @@ from torch import Tensor
 
 import fdistill_ops as fd
 
-pytestmark = pytest.mark.skipif("triton" not in fd.available_backends(), reason="Triton does not run here")
+pytestmark = [
+    pytest.mark.skipif("triton" not in fd.available_backends(), reason="Triton does not run here"),
+    *([pytest.mark.gpu] if GPU else []),
+]
 interpreted = pytest.mark.skipif(GPU, reason="looks into Triton's interpreter")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICE = "cuda" if GPU else "cpu"
