@@ -119,8 +119,4 @@ def needs_stages(logits: Tensor, divergence: Divergence, group: Any) -> bool:
     """Whether the B log-ratios go through PyTorch: for a registered divergence, whose h is a Python function; for
     sums over several ranks, between which a collective stands; and on the reference back end. The pass over the
     samples is the back end's in any case."""
-    return (
-        divergence.kind is None
-        or (group is not None and torch.distributed.get_world_size(group) > 1)
-        or backends.choose(logits.device) == "reference"
-    )
+    return divergence.kind is None or reference.ranks(group) > 1 or backends.choose(logits.device) == "reference"
