@@ -45,10 +45,9 @@ def summed_loss(images: Tensor, y_real: Tensor, y_fake: Tensor, alpha: float = 1
 
 
 def _distance(images: Tensor, y_real: Tensor) -> Tensor:
-    """max(mean |x - T|, 1e-5) of every sample."""
+    """max(mean |x - T|, 1e-5) of every sample, summed in float64."""
     difference = (images - y_real).flatten(1)
-    dtype = torch.promote_types(difference.dtype, torch.float32)
-    total = torch.linalg.vector_norm(difference, ord=1, dim=1, dtype=dtype)
+    total = torch.linalg.vector_norm(difference, ord=1, dim=1, dtype=torch.float64)
     return (total / max(difference.shape[1], 1)).clip(min=_LEAST_DISTANCE)
 
 
@@ -68,7 +67,8 @@ class _Elements(Tensor):
     def elements(self) -> Tensor:
         good = ~torch.stack([tensor.detach().flatten(1).isnan().any(1) for tensor in self.inputs]).any(0)
         x, real, fake = (tensor[good] for tensor in self.inputs)
-        distance = _distance(x.detach(), real.detach()).reshape(-1, *[1] * (x.ndim - 1))
+        distance = _distance(x.detach(), real.detach()).to(torch.promote_types(x.dtype, torch.float32))
+        distance = distance.reshape(-1, *[1] * (x.ndim - 1))
         return (real - fake) * ((real - x) - self.alpha * (real - fake)) / distance
 
     @classmethod
