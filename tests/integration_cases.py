@@ -81,8 +81,8 @@ def _loaded() -> dict[str, ModuleType]:
 
 @contextlib.contextmanager
 def importable(project: str, source: str) -> Iterator[None]:
-    """Makes a code base importable: as "restated", from "checkouts", or (anything else) not. Afterwards nothing of it is
-    left in sys.modules. Its modules are run once."""
+    """Makes a code base importable: as "restated", from "checkouts", or (anything else) not. Afterwards nothing of it
+    is left in sys.modules. Its modules are run once."""
     before, path, finders = _loaded(), list(sys.path), list(sys.meta_path)
     for name in before:
         del sys.modules[name]

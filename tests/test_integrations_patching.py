@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from integration_cases import SOURCES, importable
+from integration_cases import RESTATED, SOURCES, importable
+from test_readme import run_python
 
 import fdistill_ops as fd
 from fdistill_ops.integrations import Patch, Target, causvid, dmd2, fastgen, self_forcing, sid
+from fdistill_ops.integrations.__main__ import main
 
 INTEGRATIONS = {"FastGen": fastgen, "DMD2": dmd2, "CausVid": causvid, "Self-Forcing": self_forcing, "SiD": sid}
 
@@ -282,3 +286,31 @@ def test_subclasses_with_an_inner_method_of_their_own_keep_the_original() -> Non
 
 def test_reachable_from_the_package() -> None:
     assert fd.integrations.fastgen is fastgen
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+
+
+PROGRAM = """
+import sys
+from fastgen.methods.distribution_matching import dmd2
+print(dmd2.variational_score_distillation_loss.__module__, *sys.argv[1:])
+"""
+
+
+def test_command_line(tmp_path: Path) -> None:
+    """A script, and a module, with arguments of their own; the code base is where the script is, or on the path."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    shutil.copytree(RESTATED / "FastGen" / "fastgen", tmp_path / "fastgen")
+    command = ["-m", "fdistill_ops.integrations", "--loose", "fastgen"]
+    for program in ([tmp_path / "program.py"], ["-m", "program"]):
+        output = run_python([*command, *program, "--config", "a b"], tmp_path)
+        assert output == "fdistill_ops.integrations.fastgen --config a b\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such-code-base", "x.py"], ["fastgen"], ["fastgen", "-m"]])
+def test_wrong_command_lines(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "error:" in capsys.readouterr().err
