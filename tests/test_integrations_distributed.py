@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from integration_cases import importable
 from test_integrations import batch, fdistill_model
 
-from fdistill_ops.integrations import fastgen
+from fdistill_ops.integrations import Deferred, fastgen
 from fdistill_ops.testing import assert_close
 
 pytestmark = [
@@ -61,6 +61,10 @@ def worker(rank: int, folder: str) -> None:
             part = slice(0, first) if rank == 0 else slice(first, None)
             results[name] = weights(part, patched=True)
         results["original"] = weights(slice(0, 8) if rank == 0 else slice(8, None), patched=False)
+        deferred = Deferred(lambda: torch.full((2,), float(rank)), (2,), torch.float32, torch.device("cpu"))
+        gathered = [torch.empty(2) for _ in range(2)]
+        torch.distributed.all_gather(gathered, deferred)  # as trainers gather what they log
+        assert torch.stack(gathered).tolist() == [[0, 0], [1, 1]]
         torch.save({name: (h, bins, len(reduced)) for name, (h, bins, reduced) in results.items()}, f"{folder}/{rank}")
     finally:
         torch.distributed.destroy_process_group()
