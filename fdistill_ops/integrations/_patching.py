@@ -57,7 +57,7 @@ class Patch:
         swapped already nothing happens, and leaving the result as a context keeps them.
 
         Args:
-            strict: also refuse a function whose body refers to other names or numbers than expected. Without it the
+            strict: also refuse a function whose body refers to other names or floats than expected. Without it the
                 names of its parameters alone are compared.
 
         Raises:

@@ -8,6 +8,7 @@ are :class:`~fdistill_ops.integrations.Deferred`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,21 +61,32 @@ def noise_matching_loss(
     Raises:
         TypeError, ValueError: see :func:`fdistill_ops.distribution_matching_loss`.
     """
-    loss, stats = distribution_matching_loss(
-        latents,
-        real_noise,
-        fake_noise,
-        teacher_uncond=real_noise_uncond,
-        guidance_scale=guidance_scale,
-        x_t=noisy_latents.double(),  # makes the arithmetic float64, as theirs is
-        **_noise_schedule(alphas_cumprod, timesteps),
-        **_FLAGS,
-        return_stats=True,
-    )
+    inputs = (noisy_latents, real_noise, fake_noise, alphas_cumprod, timesteps, real_noise_uncond, guidance_scale)
+    loss, stats = distribution_matching_loss(latents, **_arguments(*inputs), return_stats=True)
     return loss, stats
 
 
-def _noise_schedule(alphas_cumprod: Tensor, timesteps: Tensor) -> dict[str, Any]:
+def _arguments(
+    noisy: Tensor,
+    real_noise: Tensor,
+    fake_noise: Tensor,
+    alphas_cumprod: Tensor,
+    timesteps: Tensor,
+    real_uncond: Tensor | None,
+    scale: float | None,
+) -> dict[str, Any]:
+    return {
+        "teacher": real_noise,
+        "fake": fake_noise,
+        "teacher_uncond": real_uncond,
+        "guidance_scale": scale,
+        "x_t": noisy.double(),  # makes the arithmetic float64, as theirs is
+        **_schedule(alphas_cumprod, timesteps),
+        **_FLAGS,
+    }
+
+
+def _schedule(alphas_cumprod: Tensor, timesteps: Tensor) -> dict[str, Any]:
     power = alphas_cumprod[timesteps].double()
     return {"prediction": "eps", "alpha": power.sqrt(), "sigma": (1 - power).sqrt()}
 
@@ -101,45 +113,31 @@ def sd_distribution_matching_loss(
         noise = torch.randn_like(latents)
         noisy = guidance.scheduler.add_noise(latents, noise, timesteps)
         conditions = [text_embedding, uncond_embedding, unet_added_conditions, uncond_unet_added_conditions]
-        scale = guidance.fake_guidance_scale
-        fake_noise, fake_uncond = _predict_noise(guidance.fake_unet, noisy, timesteps, conditions, scale)
+        fake_scale, real_scale = guidance.fake_guidance_scale, guidance.real_guidance_scale
+        fake_noise, fake_uncond = _predict_noise(guidance.fake_unet, noisy, timesteps, conditions, fake_scale)
         if fake_uncond is not None:
-            fake_noise = guided(fake_noise, fake_uncond, scale)
-        scale, teacher_input = guidance.real_guidance_scale, noisy
+            fake_noise = guided(fake_noise, fake_uncond, fake_scale)
+        seen = noisy
         if guidance.use_fp16:
-            teacher_input, *conditions = (_in_bfloat16(value, guidance.sdxl) for value in (noisy, *conditions))
-        real_noise, real_uncond = _predict_noise(guidance.real_unet, teacher_input, timesteps, conditions, scale)
-    if real_uncond is None:
-        scale = None
-    loss, stats = noise_matching_loss(
-        latents,
-        noisy,
-        real_noise,
-        fake_noise,
-        guidance.alphas_cumprod,
-        timesteps,
-        real_noise_uncond=real_uncond,
-        guidance_scale=scale,
-    )
-
-    sample, schedule = latents.detach(), _noise_schedule(guidance.alphas_cumprod, timesteps)
+            seen, *conditions = (_in_bfloat16(value, guidance.sdxl) for value in (noisy, *conditions))
+        real_noise, real_uncond = _predict_noise(guidance.real_unet, seen, timesteps, conditions, real_scale)
+    inputs = (noisy, real_noise, fake_noise, guidance.alphas_cumprod, timesteps)
+    scale = None if real_uncond is None else real_scale
+    loss, stats = noise_matching_loss(latents, *inputs, real_noise_uncond=real_uncond, guidance_scale=scale)
+    sample = latents.detach()
 
     def image(noise: Tensor, uncond: Tensor | None = None) -> Tensor:
-        prediction = noise if uncond is None else guided(noise, uncond, scale)
-        return to_x0(prediction.double(), noisy, **schedule).float()
+        noise = noise.double() if uncond is None else guided(noise.double(), uncond.double(), real_scale)
+        return to_x0(noise, noisy, **_schedule(guidance.alphas_cumprod, timesteps)).float()
 
-    def gradient() -> Tensor:
-        extra = {"teacher_uncond": real_uncond, "guidance_scale": scale, "x_t": noisy.double(), **schedule}
-        return score_difference(sample.float(), real_noise, fake_noise, **extra, **_FLAGS)
-
-    def deferred(compute: Any) -> Deferred:
+    def deferred(compute: Callable[[], Tensor]) -> Deferred:
         return Deferred(compute, latents.shape, torch.float32, latents.device)
 
     return {"loss_dm": loss.float()}, {
-        "dmtrain_noisy_latents": noisy.detach().float(),
+        "dmtrain_noisy_latents": noisy.float(),
         "dmtrain_pred_real_image": deferred(lambda: image(real_noise, real_uncond)),
         "dmtrain_pred_fake_image": deferred(lambda: image(fake_noise)),
-        "dmtrain_grad": deferred(gradient),
+        "dmtrain_grad": deferred(lambda: score_difference(sample.float(), **_arguments(*inputs, real_uncond, scale))),
         "dmtrain_gradient_norm": stats.grad_norm,
     }
 
