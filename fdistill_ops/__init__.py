@@ -37,6 +37,7 @@ __all__ = [
     "gan_discriminator_loss",
     "gan_generator_loss",
     "get_divergence",
+    "integrations",
     "reference",
     "register_divergence",
     "score_difference",
@@ -50,8 +51,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "testing":  # for those who test kernels; nobody else pays for importing it
+    if name in ("integrations", "testing"):  # nobody pays for importing them who does not use them
         import importlib
 
-        return importlib.import_module("fdistill_ops.testing")
+        return importlib.import_module(f"fdistill_ops.{name}")
     raise AttributeError(f"module 'fdistill_ops' has no attribute {name!r}")

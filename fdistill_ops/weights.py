@@ -22,30 +22,37 @@ class RatioHistogram(torch.nn.Module):
 
     Args:
         min_t, max_t: the range of t; times outside count in the first or last bin.
-        bins: how many bins of equal width.
+        bins: how many bins of equal width; or a floating tensor [n], for a histogram that another module keeps and
+            saves: it becomes the buffer itself and is updated in place.
         ema_rate: weight of the past, in [0, 1].
 
     Attributes:
-        bins: buffer [bins], float32, ones at first. Never non-finite: an entry that is, or is negative (from a
-            checkpoint written elsewhere, say), counts as never filled.
+        bins: buffer [bins], float32 and ones at first, or the tensor given. Never non-finite: an entry that is, or is
+            negative (from a checkpoint written elsewhere, say), counts as never filled.
 
     Raises:
-        TypeError, ValueError: naming the argument: no number, min_t not below max_t, bins < 1, ema_rate outside [0, 1].
+        TypeError, ValueError: naming the argument: no number, min_t not below max_t, bins < 1 or not of shape [n],
+            ema_rate outside [0, 1].
     """
 
     bins: Tensor
 
-    def __init__(self, min_t: float, max_t: float, bins: int = 10, ema_rate: float = 0.0) -> None:
+    def __init__(self, min_t: float, max_t: float, bins: int | Tensor = 10, ema_rate: float = 0.0) -> None:
         super().__init__()
         self.min_t, self.max_t = _checks.number(min_t, "min_t"), _checks.number(max_t, "max_t")
         if self.min_t >= self.max_t:
             raise ValueError(f"min_t must be below max_t, got {min_t!r} and {max_t!r}")
-        if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+        if isinstance(bins, Tensor):
+            if _checks.floating(bins, "bins").ndim != 1 or bins.numel() == 0:
+                raise ValueError(f"bins must have shape [n], n at least 1, got {tuple(bins.shape)}")
+            if bins.requires_grad:
+                raise ValueError("bins requires grad: pass a buffer, or bins.detach()")
+        elif isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
             raise ValueError(f"bins must be a positive integer, got {bins!r}")
         self.ema_rate = _checks.number(ema_rate, "ema_rate", low=0.0)
         if self.ema_rate > 1.0:
             raise ValueError(f"ema_rate must be at most 1, got {ema_rate!r}")
-        self.register_buffer("bins", torch.ones(bins))
+        self.register_buffer("bins", bins if isinstance(bins, Tensor) else torch.ones(bins))
 
     def record(self, bins: Tensor | None) -> None:
         """Takes over the histogram a batch produced (in training mode)."""
@@ -112,8 +119,4 @@ def needs_stages(logits: Tensor, divergence: Divergence, group: Any) -> bool:
     """Whether the B log-ratios go through PyTorch: for a registered divergence, whose h is a Python function; for
     sums over several ranks, between which a collective stands; and on the reference back end. The pass over the
     samples is the back end's in any case."""
-    return (
-        divergence.kind is None
-        or (group is not None and torch.distributed.get_world_size(group) > 1)
-        or backends.choose(logits.device) == "reference"
-    )
+    return divergence.kind is None or reference.ranks(group) > 1 or backends.choose(logits.device) == "reference"

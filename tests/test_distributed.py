@@ -1,11 +1,10 @@
-"""Two processes (gloo) and the concatenated batch: the same histogram, the same weights."""
+"""Two and four processes (gloo) and the concatenated batch: the same histogram, the same weights."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,8 +20,21 @@ pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed"),
 ]
 
-SPLITS = {"even": (4, 4), "uneven": (6, 2), "one empty": (8, 0)}
+# Samples per rank, for each step: the last batch of an epoch may be short, and leave ranks with nothing.
+SPLITS = {
+    2: {
+        "even": ((4, 4), (4, 4), (4, 4)),
+        "uneven": ((6, 2), (6, 2), (6, 2)),
+        "short last batch": ((4, 4), (4, 4), (3, 0)),
+    },
+    4: {
+        "even": ((2, 2, 2, 2), (2, 2, 2, 2), (2, 2, 2, 2)),
+        "uneven": ((1, 4, 1, 2), (1, 4, 1, 2), (1, 4, 1, 2)),
+        "short last batch": ((2, 2, 2, 2), (2, 2, 2, 2), (2, 2, 1, 0)),
+    },
+}
 STEPS = 3
+COLLECTIVES = "collectives"
 
 
 def inputs(step: int) -> dict[str, torch.Tensor]:
@@ -37,106 +49,168 @@ def inputs(step: int) -> dict[str, torch.Tensor]:
     return made
 
 
-def part(values: dict[str, torch.Tensor], split: tuple[int, int], rank: int) -> dict[str, torch.Tensor]:
-    start = 0 if rank == 0 else split[0]
-    return {name: value[start : start + split[rank]] for name, value in values.items()}
+def part(values: dict[str, torch.Tensor], split: tuple[int, ...], rank: int | None) -> dict[str, torch.Tensor]:
+    """A rank's samples; None: those of all ranks."""
+    start, end = (0, sum(split)) if rank is None else (sum(split[:rank]), sum(split[: rank + 1]))
+    return {name: value[start:end] for name, value in values.items()}
 
 
 def weights_of(batch: dict[str, torch.Tensor], histogram: fd.RatioHistogram, group: Any) -> torch.Tensor:
     return fd.f_weights(batch["logits"], batch["t"], histogram=histogram, divergence="kl", group=group)
 
 
-def scenario(
-    rank: int, backend: str, group: Any, choose: Callable[[dict[str, torch.Tensor], int], Any]
-) -> dict[str, Any]:
-    """Everything that is compared; ``choose`` takes this rank's part of a batch."""
+class Counted:
+    """How many collectives this process took part in."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        reduce = torch.distributed.all_reduce
+
+        def all_reduce(*args: Any, **kwargs: Any) -> Any:
+            self.n += 1
+            return reduce(*args, **kwargs)
+
+        torch.distributed.all_reduce = all_reduce
+
+    def since(self) -> int:
+        n, self.n = self.n, 0
+        return n
+
+
+def scenario(world: int, backend: str, rank: int | None, group: Any, counted: Counted | None = None) -> dict[str, Any]:
+    """Everything that is compared: on a rank's part of every batch, or (None) on all of it."""
     results: dict[str, Any] = {}
+
+    def note(key: str) -> None:
+        if counted:
+            results.setdefault(f"{key} {COLLECTIVES}", []).append(counted.since())
+
     with fd.use_backend(backend):
-        for split in SPLITS:
+        for name, splits in SPLITS[world].items():
             histogram = fd.RatioHistogram(0.0, 1.0, bins=4, ema_rate=0.7)
             module = fd.FDistillLoss(
                 "js", histogram=fd.RatioHistogram(0.0, 1.0, bins=4, ema_rate=0.7), reduction="sample"
             )
-            for step in range(STEPS):
-                batch = choose(inputs(step), split)
-                results[f"{split} {step} weights"] = weights_of(batch, histogram, group)
-                results[f"{split} {step} bins"] = histogram.bins.clone()
+            for step, split in enumerate(splits):
+                batch = part(inputs(step), split, rank)
+                results[f"{name} {step} weights"] = weights_of(batch, histogram, group)
+                results[f"{name} {step} bins"] = histogram.bins.clone()
+                note("histogram and mean")
                 x = batch.pop("x").clone().requires_grad_()
-                loss, stats = module(x, **batch, return_stats=True)
-                results[f"{split} {step} loss"] = loss.detach()
-                results[f"{split} {step} gradient"] = torch.autograd.grad(loss.sum(), x)[0]
-                results[f"{split} {step} module bins"] = module.histogram.bins.clone()
-                results[f"{split} {step} clipped"] = stats.clipped_low.clone()
-            module.eval()
-            batch = choose(inputs(9), split)
-            results[f"{split} eval loss"] = module(batch.pop("x"), **batch)
-            results[f"{split} eval bins"] = module.histogram.bins.clone()
-            bare = choose(inputs(10), split)
-            results[f"{split} bare weights"] = fd.f_weights(bare["logits"], group=group)
+                loss = module(x, **batch)
+                note("module")
+                results[f"{name} {step} loss"] = loss.detach()
+                results[f"{name} {step} gradient"] = torch.autograd.grad(loss.sum(), x)[0]
+                results[f"{name} {step} module bins"] = module.histogram.bins.clone()
+                results[f"{name} {step} module weights"] = module.eval().weights(batch["logits"], batch["t"])
+                note("eval")
+                module.train()
+            batch = part(inputs(9), splits[-1], rank)
+            results[f"{name} eval loss"] = module.eval()(batch.pop("x"), **batch)
+            results[f"{name} eval bins"] = module.histogram.bins.clone()
+            note("eval")
+            logits = part(inputs(10), splits[-1], rank)["logits"]
+            results[f"{name} bare weights"] = fd.f_weights(logits, group=group)
+            note("mean")
+            results[f"{name} raw weights"] = fd.f_weights(logits, normalize=None, group=group)
+            note("nothing")
     return results
 
 
-def worker(rank: int, backend: str, folder: str) -> None:
+def worker(rank: int, world: int, backend: str, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
-        world_size=2,
+        world_size=world,
         timeout=datetime.timedelta(seconds=60),
     )
     try:
-        world = torch.distributed.group.WORLD
-        results = scenario(rank, backend, world, lambda batch, split: part(batch, SPLITS[split], rank))
+        everyone = torch.distributed.group.WORLD
+        counted = Counted()
+        results = scenario(world, backend, rank, everyone, counted)
         with fd.use_backend(backend):
             # A rank with wrong arguments raises before it would wait for the others, and keeps its histogram.
             histogram = fd.RatioHistogram(0.0, 1.0)
             try:
-                fd.f_weights(torch.randn(3), histogram=histogram, group=world)
+                fd.f_weights(torch.randn(3), histogram=histogram, group=everyone)
             except ValueError as error:
                 results["refused"] = str(error)
-            results["refused bins"] = histogram.bins
-            alone = fd.f_weights(torch.linspace(-1, 1, 4 + rank))
-            results["no group"] = alone
+            results["refused bins"] = histogram.bins.clone()
+            results["no group"] = fd.f_weights(torch.linspace(-1, 1, 4 + rank))
+            groups = [torch.distributed.new_group([member]) for member in range(world)]
+            counted.since()
+            logits, t = torch.linspace(-1, 1, 4 + rank), torch.full((4 + rank,), 0.3)
+            results["group of one"] = weights_of({"logits": logits, "t": t}, fd.RatioHistogram(0.0, 1.0), groups[rank])
+            results[f"group of one {COLLECTIVES}"] = [counted.since()]
+            try:
+                fd.f_weights(logits, group=groups[rank - 1])
+            except TypeError as error:
+                results["no member"] = str(error)
         torch.save(results, os.path.join(folder, f"{rank}.pt"))
     finally:
         torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def runs() -> dict[str, list[dict[str, Any]]]:
-    """Results of both ranks, per back end, computed once."""
+def runs() -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Results of all ranks, per back end and number of ranks, computed once."""
     return {}
 
 
-def both_ranks(runs: dict[str, list[dict[str, Any]]], name: str) -> list[dict[str, Any]]:
-    if name not in runs:
+@pytest.fixture(params=list(SPLITS), ids=lambda world: f"{world} ranks")
+def ranks(
+    request: pytest.FixtureRequest, backend: Backend, runs: dict[tuple[str, int], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    if backend.device != "cpu":
+        pytest.skip("gloo runs on CPU tensors")
+    key = (backend.name, request.param)
+    if key not in runs:
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(worker, args=(name, folder), nprocs=2, join=True)
-            runs[name] = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(2)]
-    return runs[name]
+            mp.spawn(worker, args=(request.param, backend.name, folder), nprocs=request.param, join=True)
+            runs[key] = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(request.param)]
+    return runs[key]
 
 
-def test_two_processes_equal_one(backend: Backend, runs: dict[str, list[dict[str, Any]]]) -> None:
-    if backend.device != "cpu":
-        pytest.skip("gloo runs on CPU tensors")
-    first, second = both_ranks(runs, backend.name)
-    whole = scenario(0, backend.name, None, lambda batch, split: batch)
+def test_ranks_equal_one_process(backend: Backend, ranks: list[dict[str, Any]]) -> None:
+    whole = scenario(len(ranks), backend.name, None, None)
+    assert whole.keys() <= ranks[0].keys()
     for key, want in whole.items():
-        what = key.rsplit(" ", 1)[-1]
-        if what == "bins":
-            assert torch.equal(first[key], second[key]), f"{key}: the ranks disagree"
-            assert_close(first[key], want, ulps=2, what=key)
-        elif what == "clipped":
-            continue
+        if key.endswith("bins"):
+            for results in ranks[1:]:
+                assert torch.equal(results[key], ranks[0][key]), f"{key}: the ranks disagree"
+            assert_close(ranks[0][key], want, ulps=2, what=key)
         else:
-            assert_close(torch.cat([first[key], second[key]]), want, ulps=4, what=key)
+            assert_close(torch.cat([results[key] for results in ranks]), want, ulps=4, what=key)
 
 
-def test_errors_and_no_group(backend: Backend, runs: dict[str, list[dict[str, Any]]]) -> None:
-    if backend.device != "cpu":
-        pytest.skip("gloo runs on CPU tensors")
-    for rank, results in enumerate(both_ranks(runs, backend.name)):
+def test_collectives_are_packed(ranks: list[dict[str, Any]]) -> None:
+    """One for the histogram, one for the mean, and none that is not needed."""
+    wanted = {"histogram and mean": 2, "module": 2, "eval": 1, "mean": 1, "nothing": 0, "group of one": 0}
+    for results in ranks:
+        counts = {key.removesuffix(f" {COLLECTIVES}"): n for key, n in results.items() if key.endswith(COLLECTIVES)}
+        assert counts.keys() == wanted.keys()
+        for key, n in wanted.items():
+            assert set(counts[key]) == {n}, key
+
+
+def test_errors_and_no_group(ranks: list[dict[str, Any]]) -> None:
+    for rank, results in enumerate(ranks):
         assert "t is missing" in results["refused"]
         assert results["refused bins"].tolist() == [1.0] * 10
         assert torch.equal(results["no group"], fd.f_weights(torch.linspace(-1, 1, 4 + rank)))
+        batch = {"logits": torch.linspace(-1, 1, 4 + rank), "t": torch.full((4 + rank,), 0.3)}
+        assert torch.equal(results["group of one"], weights_of(batch, fd.RatioHistogram(0.0, 1.0), None))
+        assert "group must be a process group" in results["no member"]
+
+
+def test_group_of_the_wrong_type(backend: Backend) -> None:
+    histogram = fd.RatioHistogram(0.0, 1.0)
+    for group in ("world", 3):
+        with pytest.raises(TypeError, match="group must be"):
+            fd.f_weights(torch.zeros(2), torch.zeros(2), histogram=histogram, group=group)
+        x = torch.randn(2, 3)
+        with pytest.raises(TypeError, match="group must be"):
+            fd.f_distill_loss(x, x, x, torch.zeros(2), torch.zeros(2), histogram=histogram, group=group)
+    assert histogram.bins.tolist() == [1.0] * 10
