@@ -28,6 +28,7 @@ _DTYPES = {
     torch.int32: 8,
     torch.int64: 9,
 }
+_CPU = torch.device("cpu")  # a name would be parsed in every call
 _POOLED_BYTES = 1 << 20
 _SAMPLE = REDUCTIONS["sample"]
 _from_dlpack = torch._C._from_dlpack
@@ -88,8 +89,8 @@ def f_weights(
     logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     arguments, new_bins = _weight_arguments(logits, t, bins, params)
-    weights = torch.empty(logits.shape[:1], dtype=compute_dtype(logits), device="cpu")
-    ratio_stats = torch.empty(3, dtype=torch.float64, device="cpu")
+    weights = torch.empty(logits.shape[:1], dtype=compute_dtype(logits), device=_CPU)
+    ratio_stats = torch.empty(3, dtype=torch.float64, device=_CPU)
     _C.f_weights(arguments, weights.data_ptr(), ratio_stats.data_ptr())
     return weights, _in_dtype_of(bins, new_bins), ratio_stats
 
@@ -115,12 +116,12 @@ def _loss(
     weight, uncond, guidance, mask, x_t, alpha, sigma, normalizer = tensors
     dtype = compute_dtype(x, teacher, fake, uncond, x_t)
     per_sample = params.reduction == _SAMPLE
-    loss = torch.empty(x.shape[:1] if per_sample else (), dtype=dtype, device="cpu")
+    loss = torch.empty(x.shape[:1] if per_sample else (), dtype=dtype, device=_CPU)
     scale = stats = None
     if scaled and any(g is not None and g.dtype is torch.float16 for g in gradients):
-        scale = torch.empty(x.shape[:1], dtype=dtype, device="cpu")
+        scale = torch.empty(x.shape[:1], dtype=dtype, device=_CPU)
     if params.need_stats:
-        stats = torch.empty(len(FIELDS), dtype=dtype, device="cpu")
+        stats = torch.empty(len(FIELDS), dtype=dtype, device=_CPU)
     operands = (
         _record(x),
         _record(teacher),
