@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"fdistill-bench: error: {error}")
             return 2
     record = new_record(arguments.device, command)
-    status = _measure(arguments, record)
+    status = measure_all(arguments, record)
     print(table.tables(record, colour=sys.stdout.isatty()))
     print("\n" + table.LEGEND)
     try:
@@ -70,8 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _measure(arguments: argparse.Namespace, record: Record) -> int:
-    cases: list[Case] = arguments.cases
+def measure_all(arguments: argparse.Namespace, record: Record) -> int:
+    """Adds to the record what the options ask for and it does not have. The exit status: 0, or 130 where it was
+    interrupted."""
+    known = {result.case for result in record.results}
+    cases: list[Case] = [case for case in arguments.cases if case not in known]
     plan: Plan = arguments.plan
     started = time.monotonic()
     try:
@@ -79,14 +82,19 @@ def _measure(arguments: argparse.Namespace, record: Record) -> int:
             if arguments.overhead:
                 progress.step("host overhead")
                 record.overhead += measure_overhead(arguments.device, plan.rounds)
-            for index, case in enumerate(cases):
+            for case in cases:
                 progress.step(f"{case.op} {case.mode} {case.label} {case.dtype}")
                 if arguments.quick:
-                    if time.monotonic() - started > _QUICK_SECONDS:
+                    elapsed = time.monotonic() - started
+                    if elapsed > _QUICK_SECONDS:
                         say("fdistill-bench: --quick: out of time, the rest is left out")
                         break
-                    # Compiling takes as long as everything else: once is enough.
-                    plan = replace(arguments.plan, compile=arguments.compile and index == 0)
+                    # Compiling takes as long as everything else: once, and not where the machine has been slow so far.
+                    compiles = arguments.compile and case in arguments.compiled
+                    if compiles and elapsed > _QUICK_SECONDS / 3:
+                        say("fdistill-bench: --quick: a slow machine, torch.compile is left out")
+                        compiles = False
+                    plan = replace(plan, compile=compiles)
                 record.results += measure(case, plan)
     except KeyboardInterrupt:
         say("\nfdistill-bench: interrupted; this is what was finished")
@@ -182,22 +190,22 @@ def _options(op: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _quick_cases(arguments: argparse.Namespace) -> list[Case]:
-    """f_distill on three shapes, then the other operations on one, then every second size."""
-    base = dict(vars(arguments))
+    """f_distill on three shapes, every second size up to 64 MiB, then the other operations on one shape; of each
+    operation the last mode alone. torch.compile is for the third shape (see measure_all)."""
+    every = arguments.op == tuple(OPS)
+    shapes = arguments.shape or [shape_of(name) for name in ("sd15", "wan-video", "cifar10")]
 
     def cases(**changes: Any) -> list[Case]:
-        return _cases(argparse.Namespace(**(base | changes)))
+        found = _cases(argparse.Namespace(**(vars(arguments) | changes)))
+        last = {case.op: case.mode for case in found}
+        return [case for case in found if case.mode == last[case.op]]
 
-    first = arguments.shape or [shape_of("cifar10")]
-    three = arguments.shape or [shape_of(name) for name in ("cifar10", "sd15", "wan-video")]
-    both = MODES[-1:]
-    found = cases(op=("f_distill",), shape=three, mode=both)
-    if arguments.op == tuple(OPS):
-        found += cases(op=tuple(op for op in OPS if op != "f_distill"), shape=first)
-    else:
-        found = cases(shape=three)
-    sweep = [case for case in cases(sweep="size", mode=both) if case.tensor_bytes <= 64 << 20]
-    return found + sweep[::2]
+    found = cases(op=("f_distill",) if every else arguments.op, shape=shapes)
+    arguments.compiled = found[len(shapes) - 1 : len(shapes)]
+    sweep = [case for case in cases(sweep="size") if case.tensor_bytes <= 64 << 20]
+    sizes = sorted({case.tensor_bytes for case in sweep})[::2]
+    found += [case for case in sweep if case.tensor_bytes in sizes]
+    return found + (cases(op=tuple(op for op in OPS if op != "f_distill"), shape=shapes[-1:]) if every else [])
 
 
 def _list(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:

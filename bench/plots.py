@@ -7,7 +7,7 @@ from typing import Any
 
 from fdistill_ops.trainer.files import whole_file
 
-from .cases import batch_sweep, size_name, size_sweep
+from .cases import Case, batch_sweep, size_name, size_sweep
 from .record import Record, Result
 from .table import heading
 
@@ -27,7 +27,7 @@ NAMES = {"copy": "copy of the same bytes", "eager": "eager PyTorch", "compile": 
 Groups = list[list[Result]]
 
 
-def plot(record: Record, folder: Path) -> list[Path]:
+def plot(record: Record, folder: Path, prefix: str = "") -> list[Path]:
     """Writes what the record has figures for: roofline.png (bandwidth over size), batch.png (time over batch) and
     ratios.png (bars for named shapes). Returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def plot(record: Record, folder: Path) -> list[Path]:
         ("ratios", rest, _draw_ratios),
     ):
         if groups:
-            path = folder / f"{name}.png"
+            path = folder / f"{prefix}{name}.png"
             _save(draw(groups), path)
             written.append(path)
     return written
@@ -53,15 +53,20 @@ def _parts(record: Record) -> tuple[Groups, Groups, Groups]:
     for group in record.groups():
         if not any(result.rounds for result in group):
             continue
-        case = group[0].case
-        itemsize = case.torch_dtype.itemsize
-        if case.name in size_sweep(1 << 60, itemsize):
-            sizes.append(group)
-        elif case.name in batch_sweep(1 << 60, itemsize):
-            batches.append(group)
-        else:
-            rest.append(group)
+        (sizes if _of_size(group[0].case) else batches if _of_batch(group[0].case) else rest).append(group)
     return _first(sizes), _first(batches), rest
+
+
+def _of_size(case: Case) -> bool:
+    return case.name in size_sweep(1 << 60, case.torch_dtype.itemsize)
+
+
+def _of_batch(case: Case) -> bool:
+    return case.name in batch_sweep(1 << 60, case.torch_dtype.itemsize)
+
+
+def is_sweep(case: Case) -> bool:
+    return _of_size(case) or _of_batch(case)
 
 
 def _first(groups: Groups) -> Groups:
@@ -120,12 +125,12 @@ def _draw_batch(groups: Groups) -> Any:
 
 
 def _draw_ratios(groups: Groups) -> Any:
-    """One panel for each heading with fused results, at most six: how many times as long the others take."""
+    """Panels for the headings with most cases, at most four: how many times as long the others take."""
     panels: dict[str, Groups] = {}
     for group in groups:
         if any(result.kind == "fused" and result.rounds for result in group):
             panels.setdefault(heading(group[0].case), []).append(group)
-    shown = list(panels.items())[:6] or [(heading(groups[0][0].case), [])]
+    shown = sorted(panels.items(), key=lambda panel: -len(panel[1]))[:4] or [(heading(groups[0][0].case), [])]
     figure = _figure(9, 0.6 + 2.9 * len(shown))
     for axes, (title, panel) in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
         _draw_panel(axes, panel)

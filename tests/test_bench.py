@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from fdistill_ops.bench import __main__ as command_line
-from fdistill_ops.bench import baselines, check, clock, compare, cost, measure, ops, plots, table
+from fdistill_ops.bench import baselines, check, clock, compare, cost, docs, measure, ops, plots, table
 from fdistill_ops.bench.cases import MODES, SHAPES, Case, batch_sweep, shape_of, size_name, size_sweep
 from fdistill_ops.bench.measure import Plan
 from fdistill_ops.bench.overhead import measure_overhead
@@ -525,6 +525,34 @@ def test_options_make_cases() -> None:
     assert {case.op for case in sweep} == {"f_distill"}
 
 
+def test_quick_compiles_once_and_not_on_a_slow_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    seen: list[tuple[str, bool]] = []
+
+    def measured(case: Case, plan: Plan) -> list[Result]:
+        now[0] += seconds
+        seen.append((case.label, plan.compile))
+        return []
+
+    monkeypatch.setattr(command_line, "measure", measured)
+    monkeypatch.setattr(command_line, "measure_overhead", lambda *_: [])
+    monkeypatch.setattr(command_line.time, "monotonic", lambda: now[0])
+    seconds = 0.1
+    assert command_line.main(["--quick", "--device", "cpu"]) == 0
+    assert [label for label, compiles in seen if compiles] == ["cifar10"]
+    assert len(seen) == 3 + 5 + 8
+    assert capsys.readouterr().err == ""
+    seen.clear()
+    seconds = 4.0
+    assert command_line.main(["--quick", "--device", "cpu"]) == 0
+    assert not any(compiles for _, compiles in seen)
+    assert 3 < len(seen) < 8  # until the time was over
+    assert "torch.compile is left out" in (error := capsys.readouterr().err)
+    assert "out of time" in error
+
+
 @pytest.mark.slow
 def test_quick(tmp_path: Path) -> None:
     """Everything that --quick does but compiling, from the command line."""
@@ -564,3 +592,40 @@ def test_pytest_benchmark_suite(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout
     assert re.search(r"\d+ passed", result.stdout)
+
+
+# ---------------------------------------------------------------------------------------------------------------- pages
+
+
+def test_pages_show_what_the_record_has() -> None:
+    record = Record.read(ROOT / docs.RECORD)
+    for name in docs.PAGES:
+        page = (ROOT / name).read_text(encoding="utf-8")
+        assert docs.render(page, record) == page, f"{name}: python -m fdistill_ops.bench.docs --render"
+        assert page.count("<!-- figures:") == page.count("<!-- end of figures -->") > 0
+    assert all(result.error is None for result in record.results)
+
+
+def test_figures_of_the_pages() -> None:
+    record = example()
+    page = "a\n<!-- figures: float32 -->\nold\n<!-- end of figures -->\nb\n"
+    for result in record.results:
+        result.case = replace(result.case, threads=2)
+    rendered = docs.render(page, record)
+    assert "| cifar10 | 1.000 | 4.000 | 2.000 | 0.5000 | 4.00 | 2.00 | 50% |" in rendered.splitlines()
+    assert rendered.startswith("a\n<!-- figures: float32 -->\n| shape | ours |")
+    assert rendered.endswith("|\n<!-- end of figures -->\nb\n")
+    assert "batch" not in rendered
+    assert docs.render(rendered, record) == rendered
+    with pytest.raises(KeyError):
+        docs.render(page.replace("float32", "no-such-table"), record)
+
+
+def test_commands_of_the_pages_parse() -> None:
+    for name in docs.PAGES:
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+            found = re.match(r"    fdistill-bench( .*)?$", line)
+            if found:
+                command_line.parse(["--device", "cpu", *(found[1] or "").split()])
+    for options in docs.RUNS:
+        assert command_line.parse(["--device", "cpu", *options.split()]).cases
