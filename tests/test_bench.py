@@ -221,6 +221,15 @@ def test_inputs_rotate_beyond_the_caches() -> None:
     assert len(measure._input_sets(replace(case, warm=True))) == 1
 
 
+def test_calls_rotate_over_the_sets() -> None:
+    measurement = measure.Measurement(Case("f_weights", SHAPE, mode="forward"), BRIEF)
+    assert measurement.rotation(0, 5) == [0, 1, 2, 0, 1]
+    assert measurement.rotation(2, 2) == [2, 0]
+    seen: list[int] = []
+    assert clock.seconds_per_call(seen.append, [4, 5, 6, 7, 8], "cpu") > 0
+    assert seen == [4, 5, 4, 5, 6, 7, 8]  # two of them untimed
+
+
 def test_rounds_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     """In every round each contender is timed once, none always behind the same other."""
     order: list[str] = []
