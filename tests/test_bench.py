@@ -557,7 +557,7 @@ def test_quick_compiles_once_and_not_on_a_slow_machine(
     seconds = 4.0
     assert command_line.main(["--quick", "--device", "cpu"]) == 0
     assert not any(compiles for _, compiles in seen)
-    assert 3 < len(seen) < 8  # until the time was over
+    assert len(seen) == 5  # what ends within 22 seconds
     assert "torch.compile is left out" in (error := capsys.readouterr().err)
     assert "out of time" in error
 
