@@ -77,7 +77,7 @@ def inspect_amd(assembly: str) -> dict[str, Any]:
 
     return {
         "registers": field("vgpr_count"),
-        "spilled": field("vgpr_spill_count") + field("private_segment_fixed_size"),
+        "spilled": field("vgpr_spill_count") + len(re.findall(r"\bscratch_(?:load|store)", assembly)),
         "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
         "wide_stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", assembly)),
     }
