@@ -344,7 +344,7 @@ def _loss(
         count = mask.sum(tuple(range(1, mask.ndim)))
     weight_rows, n_weight_rows = None, B
     if stats is not None and weight is not None:
-        weight_rows, n_weight_rows = weight.reshape(-1), weight.numel()
+        weight_rows, n_weight_rows = weight.contiguous(), weight.numel()
     constants = {
         "C": _COMPUTE[dtype],
         "PREDICTION": _PREDICTIONS[params.prediction],
@@ -393,7 +393,7 @@ def _loss(
             N * (teacher.itemsize + (0 if uncond is None else uncond.itemsize)) * (2 if half or identity else 1)
         )
         group = max(1, min(B, device_of(device).cache_bytes // (8 * read_twice)))
-        groups = triton.cdiv(B, group)
+        groups = max(1, triton.cdiv(B, group))  # an empty batch has a loss too
         turns = 2 if measures or half else 1
         scratch = torch.empty(B * (SCRATCH_FIELDS + chunks * 7), dtype=torch.float64, device=device)
         samples, measured, finished = scratch.split([B * SCRATCH_FIELDS, B * chunks * 2, B * chunks * 5])
