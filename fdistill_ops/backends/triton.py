@@ -39,7 +39,7 @@ from ._shared import batched, histogram_buffers, in_dtype_of, is_dense, plain, s
 name = "triton"
 
 INTERPRETED: bool = knobs.runtime.interpret
-MAX_BINS = 4096
+MAX_BINS = 1024
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _PREDICTIONS, _REDUCTIONS = tuple(PREDICTIONS), tuple(REDUCTIONS)
 _NORMALIZERS = tuple(map(str, NORMALIZERS))
@@ -177,7 +177,7 @@ def _compute_weights(w: _Weights, zero: bool) -> tuple[Tensor, Tensor]:
     logits = w.source[0]
     weights = torch.empty(logits.shape[:1], dtype=compute_dtype(logits), device=logits.device)
     ratio_stats = torch.empty(3, dtype=torch.float64, device=logits.device)
-    rows = 512 if not w.constants["BINS"] else min(512, max(16, 8192 // w.constants["BINS"]))
+    rows = 512 if not w.constants["BINS"] else min(512, max(32, 8192 // w.constants["BINS"]))
     launch(
         f_weights_kernel,
         1,
