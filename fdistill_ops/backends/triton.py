@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -106,8 +107,20 @@ def _zeros(n: int, device: torch.device) -> Tensor:
     key = (stream.device_index, stream.cuda_stream)
     found = _counters.get(key)
     if found is None or found.numel() < n:
-        found = _counters[key] = torch.zeros(max(n, 4096), dtype=torch.int64, device=device)
+        found = _counters[key] = _lasting_zeros(max(n, 4096), stream)
     return found
+
+
+def _lasting_zeros(n: int, stream: torch.cuda.Stream) -> Tensor:
+    """Allocated by a thread of its own: what this one allocates may go to a pool that torch.compile's CUDA graphs, say,
+    check for tensors that stay."""
+
+    def allocate() -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.zeros(n, dtype=torch.int64, device=stream.device)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(allocate).result()
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
