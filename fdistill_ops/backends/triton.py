@@ -522,9 +522,11 @@ def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, kee
         return product if keep or batched(factor) else gradient.copy_(product)
     if gradient.numel() == 0:
         return gradient
-    by_sample = upstream.ndim == 1 or scale is not None
-    B = gradient.shape[0] if by_sample else 1
+    B = gradient.shape[0]
     N = gradient.numel() // B
+    by_sample = upstream.ndim == 1 or scale is not None or N % 16 != 0  # compiled for N divisible by 16, or not
+    if not by_sample:
+        B, N = 1, gradient.numel()
     program = Program(_CHUNK_BYTES // gradient.itemsize, 256)
     chunks = triton.cdiv(N, program.block)
     launch(
