@@ -1,1 +1,1 @@
-"""Benchmarks of the public operations."""
+"""What a call costs: ``python -m fdistill_ops.bench``, or ``fdistill-bench``."""

@@ -245,7 +245,8 @@ def f_weights(
             raise TypeError(f"t must be of a real dtype, got {t.dtype}")
         if t.ndim == 0 or t.shape[0] != logits.shape[0] or t.numel() != logits.shape[0]:
             raise ValueError(f"t must have shape [{logits.shape[0]}], one time per sample, got {tuple(t.shape)}")
-        t = t.reshape(-1)
+        if t.ndim > 1:
+            t = t.reshape(-1)
         _same_device(t, "t", logits, "logits")
     min_t, max_t, ema_rate = 0.0, 1.0, 0.0
     if histogram is not None:

@@ -52,7 +52,8 @@ def _refuse_tangents(*inputs: Tensor) -> None:
 
 
 class _Attach(torch.autograd.Function):
-    """Gives a computed loss the gradients computed with it: ``inputs`` are the tensors they belong to."""
+    """Gives a computed loss the gradients computed with it: ``inputs`` are the tensors they belong to. Called as
+    :data:`_attach`."""
 
     @staticmethod
     def forward(
@@ -70,13 +71,19 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         scale, *gradients = ctx.saved_tensors
-        twice = torch.is_grad_enabled()
-        with torch.no_grad():
-            keep = twice or _keep_graph()
-            gradients = [ctx.backend.scale_gradient(gradient, scale, upstream, keep) for gradient in gradients]
-        if twice:
+        scaled = ctx.backend.scale_gradient
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                gradients = [scaled(gradient, scale, upstream, True) for gradient in gradients]
             gradients = refuse_double_backward(gradients, ctx.inputs, upstream)
+        else:
+            keep = _keep_graph()
+            gradients = [scaled(gradient, scale, upstream, keep) for gradient in gradients]
         return (None, None, None, None, *gradients)
+
+
+# Function.apply without its search for functorch's wrappers, which _traced has sent elsewhere.
+_attach = super(torch.autograd.Function, _Attach).apply
 
 
 def _scaled(gradient: Tensor, scale: Tensor, upstream: Tensor | None) -> Tensor:
@@ -215,7 +222,7 @@ def distribution_matching(
         return loss, stats.detach()
     backend = backends.kernels(x.device)
     loss, gradient, scale, stats = backend.distribution_matching(x, teacher, fake, tensors, params, need_grad)
-    return (_Attach.apply(backend, (loss,), (gradient,), scale, x) if need_grad else loss), stats
+    return (_attach(backend, (loss,), (gradient,), scale, x) if need_grad else loss), stats
 
 
 def difference(
@@ -298,7 +305,7 @@ def f_distill(
     loss, gradient, scale, stats, bins = backend.f_distill(
         x, teacher, fake, logits, t, bins, tensors, weight_params, params, need_grad
     )
-    return (_Attach.apply(backend, (loss,), (gradient,), scale, x) if need_grad else loss), stats, bins
+    return (_attach(backend, (loss,), (gradient,), scale, x) if need_grad else loss), stats, bins
 
 
 # score identity -------------------------------------------------------------------------------------------------------
@@ -354,5 +361,5 @@ def score_identity(
     loss, *gradients, scale, stats = backend.score_identity(*inputs, weight, mask, normalizer, params, need_grads)
     if any(need_grads):
         wanted = [i for i in range(3) if need_grads[i]]
-        loss = _Attach.apply(backend, (loss,), [gradients[i] for i in wanted], scale, *[inputs[i] for i in wanted])
+        loss = _attach(backend, (loss,), [gradients[i] for i in wanted], scale, *[inputs[i] for i in wanted])
     return loss, stats

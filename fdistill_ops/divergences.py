@@ -245,9 +245,8 @@ def get_divergence(name: str | Divergence, a: float | None = None) -> Divergence
         if a is None or name.kind == _ALPHA_KIND:
             return name if a is None else _alpha(_finite_parameter(a))
         raise ValueError(f"a: divergence {name.name!r} has no parameter")
-    found = _registry.get(name) if type(name) is str else None
-    if found is not None and a is None:
-        return found
+    if a is None and type(name) is str and name in _aliases:
+        return _registry[_aliases[name]]
     if not isinstance(name, str):
         raise TypeError(f"divergence must be a name or a Divergence, got {type(name).__name__}")
     key = _normalized(name)

@@ -317,7 +317,7 @@ def measure_chunk(
     BLOCK: tl.constexpr,
 ):
     """Stores the sum of |x - T| and, for float16 gradients, the largest derivative times n_b + eps."""
-    x, teacher, fake, uncond, x_t, mask, weight, alpha, sigma, guidance, _ = inputs
+    x, teacher, fake, uncond, x_t, mask, weight, alpha, sigma, guidance, _normalizer = inputs
     apart, most = nothing(), nothing()
     for step in range(steps):
         start = (chunk * steps + step) * BLOCK
@@ -330,7 +330,9 @@ def measure_chunk(
         if HALF:
             F = elements(fake, block, C, "evict_last")
             k = (row(weight, block, 1.0) * c).to(C)
-            _, d_x, d_teacher, d_fake, _ = evaluate(X, T, F, k, counted(mask, block), identity_alpha, C, IDENTITY, ZERO)
+            _terms, d_x, d_teacher, d_fake, _bad = evaluate(
+                X, T, F, k, counted(mask, block), identity_alpha, C, IDENTITY, ZERO
+            )
             most = tl.maximum(most, largest(d_x, d_teacher, d_fake, IDENTITY))
     tl.store(measured, apart)
     tl.store(measured + 1, most)
@@ -362,14 +364,14 @@ def finish_chunk(
     BLOCK: tl.constexpr,
 ):
     """Stores the derivatives of a chunk, and its sums."""
-    x, teacher, fake, uncond, _, mask, weight, alpha, sigma, guidance, _ = inputs
+    x, teacher, fake, uncond, _x_t, mask, weight, alpha, sigma, guidance, _normalizer = inputs
     stats = results[2]
     term_sum, squares, absolute, n_bad, n_on = nothing(), nothing(), nothing(), nothing(), nothing()
     for step in range(steps):
         start = (chunk * steps + step) * BLOCK
         block = (b, start, lane, lane < N - start, n2, n3)
         w = row(weight, block, 1.0)
-        _, c = x0_coefficients(alpha, sigma, block, PREDICTION)
+        _a, c = x0_coefficients(alpha, sigma, block, PREDICTION)
         T = teacher_prediction(teacher, uncond, guidance, guidance_scale, block, C, "evict_first")
         F = elements(fake, block, C, "evict_first")
         X = elements(x, block, C, "evict_first") if IDENTITY else F

@@ -6,13 +6,14 @@ import argparse
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 import fdistill_ops as fd
 
+from .._arguments import device_name, integer
 from .config import QUICK, Config
 from .files import say
 from .run import run
@@ -53,12 +54,12 @@ def parse(argv: Sequence[str] | None) -> Config:
     add("--cache", type=Path, help="folder for what is trained before the distillation (default: OUT/cache)")
     names = ",".join(default.divergences)
     add("--divergences", type=_divergences, default=default.divergences, help=f"a student for each (default: {names})")
-    add("--teacher-steps", type=_integer(1, 10**9), help=f"(default: {default.teacher_steps})")
-    add("--distill-steps", type=_integer(1, 10**9), help=f"updates of each student (default: {default.distill_steps})")
-    add("--batch-size", type=_integer(1, 2**16), default=default.batch_size, help="(default: %(default)s)")
-    add("--seed", type=_integer(0, 2**32), default=default.seed, help="(default: %(default)s)")
-    add("--threads", type=_integer(1, 1024), default=default.threads, help="of the CPU (default: %(default)s)")
-    add("--device", type=_device, default=device, help="cpu, cuda or cuda:N (default: %(default)s)")
+    add("--teacher-steps", type=integer(1, 10**9), help=f"(default: {default.teacher_steps})")
+    add("--distill-steps", type=integer(1, 10**9), help=f"updates of each student (default: {default.distill_steps})")
+    add("--batch-size", type=integer(1, 2**16), default=default.batch_size, help="(default: %(default)s)")
+    add("--seed", type=integer(0, 2**32), default=default.seed, help="(default: %(default)s)")
+    add("--threads", type=integer(1, 1024), default=default.threads, help="of the CPU (default: %(default)s)")
+    add("--device", type=device_name, default=device, help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--quick", action="store_true", help="a run of a few seconds, to see that everything works")
     arguments = parser.parse_args(argv)
 
@@ -81,21 +82,6 @@ def parse(argv: Sequence[str] | None) -> Config:
     return Config(**(QUICK if given.pop("quick") else {}) | given)
 
 
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    """An argument's type: an integer from low to high."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be an integer from {low} to {high}, got {text!r}")
-        return value
-
-    return parse
-
-
 def _divergences(text: str) -> tuple[str, ...]:
     """Names, as they were spelled, of divergences that differ."""
     found: dict[str, str] = {}
@@ -108,19 +94,6 @@ def _divergences(text: str) -> tuple[str, ...]:
             raise argparse.ArgumentTypeError(f"{found[divergence]!r} and {name!r} are the same divergence")
         found[divergence] = name
     return tuple(found.values())
-
-
-def _device(text: str) -> str:
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise argparse.ArgumentTypeError(f"{text!r} is not there: PyTorch sees {count} CUDA device(s)")
-    return text
 
 
 if __name__ == "__main__":

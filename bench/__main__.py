@@ -1,0 +1,258 @@
+"""The command line: ``python -m fdistill_ops.bench``, or ``fdistill-bench``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fdistill_ops as fd
+from fdistill_ops._arguments import device_name, integer
+from fdistill_ops.trainer.files import say
+
+from . import compare, plots, table
+from .cases import MODES, SHAPES, Case, batch_sweep, shape_of, size_sweep
+from .measure import Plan, measure, serving
+from .ops import MATCHING, OPS, WEIGHTED
+from .overhead import measure_overhead
+from .progress import Progress
+from .record import Record, memory_bytes, new_record
+
+_QUICK = Plan(rounds=5, seconds=0.003)
+_QUICK_SECONDS = 22.0  # of measuring; --quick begins nothing that would take longer
+_LARGEST = 1 / 48  # of the free memory: a tensor of a sweep, of which a case needs some forty at once
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0; 1 where a result was wrong or --compare found something slower; 2 for wrong arguments (raised by
+    argparse); 130 for an interruption, after what is finished has been shown and written."""
+    command = list(sys.argv[1:] if argv is None else argv)
+    arguments = parse(command)
+    old = None
+    if arguments.compare is not None:
+        try:
+            old = Record.read(arguments.compare)
+        except (OSError, ValueError) as error:
+            say(f"fdistill-bench: error: {error}")
+            return 2
+    record = new_record(arguments.device, command)
+    status = measure_all(arguments, record)
+    print(table.tables(record, colour=sys.stdout.isatty()))
+    print("\n" + table.LEGEND)
+    try:
+        if arguments.json is not None:
+            record.write(arguments.json)
+        if arguments.plot is not None:
+            for path in plots.plot(record, arguments.plot):
+                say(f"wrote {path}")
+    except OSError as error:
+        say(f"fdistill-bench: error: {error}")
+        return 1
+    if any(result.error is not None for result in record.results if result.kind == "fused"):
+        say("fdistill-bench: error: a back end gave a wrong result; it has no times above")
+        status = status or 1
+    if old is not None:
+        try:
+            changes = compare.compare(old, record)
+        except ValueError as error:
+            say(f"fdistill-bench: error: --compare: {error}")
+            return status or 2
+        print("\n" + compare.report(changes, old, record))
+        if any(change.slower for change in changes):
+            status = status or 1
+    return status
+
+
+def measure_all(arguments: argparse.Namespace, record: Record) -> int:
+    """Adds to the record what the options ask for and it does not have. The exit status: 0, or 130 where it was
+    interrupted."""
+    known = {result.case for result in record.results}
+    cases: list[Case] = [case for case in arguments.cases if case not in known]
+    plan: Plan = arguments.plan
+    started, longest = time.monotonic(), 0.0
+    try:
+        with Progress(len(cases) + arguments.overhead) as progress:
+            if arguments.overhead:
+                progress.step("host overhead")
+                record.overhead += measure_overhead(arguments.device, plan.rounds)
+            for case in cases:
+                progress.step(f"{case.op} {case.mode} {case.label} {case.dtype}")
+                begun = time.monotonic()
+                if arguments.quick:
+                    elapsed = begun - started
+                    if elapsed + longest > _QUICK_SECONDS:
+                        say("fdistill-bench: --quick: out of time, the rest is left out")
+                        break
+                    # Compiling takes as long as everything else: once, and not where the machine has been slow so far.
+                    compiles = arguments.compile and case in arguments.compiled
+                    if compiles and elapsed > _QUICK_SECONDS / 4:
+                        say("fdistill-bench: --quick: a slow machine, torch.compile is left out")
+                        compiles = False
+                    plan = replace(plan, compile=compiles)
+                record.results += measure(case, plan)
+                if not plan.compile:
+                    longest = max(longest, time.monotonic() - begun)
+    except KeyboardInterrupt:
+        say("\nfdistill-bench: interrupted; this is what was finished")
+        return 130
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, and from them ``cases`` and ``plan``. Whatever is wrong ends the process with one line and status 2,
+    before anything is measured."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(
+        prog="fdistill-bench",
+        description="Times every operation on every back end that runs here, beside the formulas in eager PyTorch as "
+        "training code has them, torch.compile of those, and a copy of the bytes that have to move. All results are "
+        "checked first; one that is wrong gets no time.",
+        epilog=f"Shapes by name: {', '.join(f'{name} {list(shape)}' for name, shape in SHAPES.items())}.",
+    )
+    add = parser.add_argument
+    add("--op", type=_list(_op), default=tuple(OPS), help=f"(default: all: {','.join(OPS)})")
+    add("--shape", type=_shape, action="append", help="a name or sizes B,C,H,W; again for more (default: all names)")
+    add("--mode", type=_list(_choice(MODES)), default=MODES, help=f"(default: {','.join(MODES)})")
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    add("--dtype", type=_list(_choice(dtypes)), default=("float32",), help=f"of {','.join(dtypes)} (default: float32)")
+    add("--divergence", type=_divergence, default="js", help="(default: %(default)s)")
+    add("--guidance", type=float, help="guidance scale of the teacher (default: no guidance)")
+    add("--mask", action="store_true", help="with a mask")
+    histogram = argparse.BooleanOptionalAction
+    add("--histogram", action=histogram, default=True, help="divide ratios by their running mean (default: yes)")
+    add("--threads", type=_list(integer(1, 1024)), default=(torch.get_num_threads(),), help="(default: %(default)s)")
+    add("--device", type=device_name, default=device, help="cpu, cuda or cuda:N (default: %(default)s)")
+    add("--contender", type=_list(str), help="only these: back ends, 'BACKEND graph', eager, compile, copy")
+    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    add("--warm", action="store_true", help="time the same tensors again and again instead of rotating over copies")
+    add("--sweep", choices=("size", "batch"), help="1 KiB to what memory allows, or batches of sd15, instead of shapes")
+    add("--rounds", type=integer(1, 10000), help=f"(default: {Plan.rounds})")
+    add("--overhead", action=argparse.BooleanOptionalAction, help="host overhead (default: where all ops are timed)")
+    add("--quick", action="store_true", help="under 30 seconds: a few shapes of f_distill, torch.compile once")
+    add("--json", type=_writable, help="write the record to this file")
+    add("--plot", type=Path, help="draw the record into this folder, as PNG")
+    add("--compare", type=Path, help="a record written by --json: what got slower since; exit status 1 if anything did")
+    arguments = parser.parse_args(argv)
+
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("argument --plot: matplotlib is not installed")
+    known = {*serving(arguments.device), "eager", "compile", "copy"}
+    known |= {f"{name} graph" for name in known} if torch.device(arguments.device).type == "cuda" else set()
+    for name in arguments.contender or ():
+        if name not in known:
+            parser.error(f"argument --contender: {name!r} is not among {', '.join(sorted(known))}")
+    arguments.plan = replace(_QUICK if arguments.quick else Plan(), compile=arguments.compile)
+    arguments.plan.rounds = arguments.rounds or arguments.plan.rounds
+    if arguments.contender:
+        arguments.plan.contenders = frozenset(arguments.contender)
+    if arguments.overhead is None:
+        arguments.overhead = arguments.quick or (arguments.op == tuple(OPS) and arguments.sweep is None)
+    arguments.cases = _quick_cases(arguments) if arguments.quick else _cases(arguments)
+    return arguments
+
+
+def _cases(arguments: argparse.Namespace, sweep: str | None = None) -> list[Case]:
+    """Every combination, those of one table together."""
+    sweep = sweep or arguments.sweep
+    found = []
+    for dtype in arguments.dtype:
+        shapes = [*SHAPES.items()] if arguments.shape is None else arguments.shape
+        if sweep is not None:
+            largest = int(memory_bytes(arguments.device) * _LARGEST)
+            sizes = {"size": size_sweep, "batch": batch_sweep}[sweep]
+            shapes = [*sizes(largest, getattr(torch, dtype).itemsize).items()]
+        for threads in arguments.threads if arguments.device == "cpu" else (torch.get_num_threads(),):
+            for op in arguments.op if sweep is None or arguments.op != tuple(OPS) else ("f_distill",):
+                for mode in OPS[op].modes() if sweep is None else OPS[op].modes()[-1:]:
+                    if mode not in arguments.mode:
+                        continue
+                    for name, shape in shapes:
+                        case = Case(op, shape, name, mode, dtype, arguments.device, threads, warm=arguments.warm)
+                        found.append(replace(case, **_options(op, arguments)))
+    return found
+
+
+def _options(op: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those that the operation has."""
+    options: dict[str, Any] = {}
+    if op in MATCHING:
+        options |= {"guidance": arguments.guidance, "mask": arguments.mask}
+    if op in WEIGHTED:
+        options |= {"divergence": arguments.divergence, "histogram": arguments.histogram}
+    return options
+
+
+def _quick_cases(arguments: argparse.Namespace) -> list[Case]:
+    """f_distill on three shapes, every second size up to 64 MiB, then the other operations on one shape; of each
+    operation the last mode alone. torch.compile is for the third shape (see measure_all)."""
+    every = arguments.op == tuple(OPS)
+    shapes = arguments.shape or [shape_of(name) for name in ("sd15", "wan-video", "cifar10")]
+
+    def cases(**changes: Any) -> list[Case]:
+        found = _cases(argparse.Namespace(**(vars(arguments) | changes)))
+        last = {case.op: case.mode for case in found}
+        return [case for case in found if case.mode == last[case.op]]
+
+    found = cases(op=("f_distill",) if every else arguments.op, shape=shapes)
+    arguments.compiled = found[len(shapes) - 1 : len(shapes)]
+    sweep = [case for case in cases(sweep="size") if case.tensor_bytes <= 64 << 20]
+    sizes = sorted({case.tensor_bytes for case in sweep})[::2]
+    found += [case for case in sweep if case.tensor_bytes in sizes]
+    return found + (cases(op=tuple(op for op in OPS if op != "f_distill"), shape=shapes[-1:]) if every else [])
+
+
+def _list(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """An argument's type: values separated by commas."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
+
+    return parse
+
+
+def _choice(known: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"must be one of {', '.join(known)}; got {text!r}")
+        return text
+
+    return parse
+
+
+_op = _choice(tuple(OPS))
+
+
+def _divergence(text: str) -> str:
+    try:
+        fd.get_divergence(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _shape(text: str) -> tuple[str, tuple[int, ...]]:
+    try:
+        return shape_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _writable(text: str) -> Path:
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.absolute().parent}")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""Times the contenders of a case beside each other, round by round, after checking what they return."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import fdistill_ops as fd
+from fdistill_ops import backends
+
+from . import check, cost
+from .cases import Case
+from .clock import Step, cache_bytes, seconds_per_call, synchronize
+from .ops import OPS, Call, Inputs, make_inputs, model_bytes
+from .record import Result
+
+_LOSS_SCALE = 32768.0  # without one the published formulas lose float16 gradients to underflow
+_MOST_SETS = 64
+
+
+@dataclass
+class Plan:
+    """How much is measured. ``seconds`` is what a contender takes in one round; ``contenders`` names those wanted, None
+    for all."""
+
+    rounds: int = 15
+    seconds: float = 0.01
+    contenders: frozenset[str] | None = None
+    compile: bool = True
+
+    def wants(self, name: str) -> bool:
+        return self.contenders is None or name in self.contenders
+
+
+@dataclass
+class Contender:
+    """``step(i)`` is one call on set i, whose results ``results(i)`` then returns."""
+
+    name: str
+    kind: str
+    step: Step
+    results: Callable[[int], list[Tensor]]
+    backend: str | None = None
+
+
+def serving(device: str) -> list[str]:
+    """The back ends for tensors of a device. Triton's interpreter, which serves a CPU, is not one to time."""
+    found = []
+    for name in fd.available_backends():
+        if name == "triton" and torch.device(device).type == "cpu":
+            continue
+        try:
+            with fd.use_backend(name):
+                backends.choose(torch.device(device))
+        except RuntimeError:
+            continue
+        found.append(name)
+    return found
+
+
+def measure(case: Case, plan: Plan) -> list[Result]:
+    """A result for every contender, those that are wrong or do not run without a time."""
+    with _threads(case.threads):
+        return Measurement(case, plan).run()
+
+
+class Measurement:
+    """Of one case: its inputs, and a result for every contender."""
+
+    def __init__(self, case: Case, plan: Plan) -> None:
+        self.case, self.plan = case, plan
+        self.op = OPS[case.op]
+        self.sets = _input_sets(case)
+        self.upstream = _upstream(case, self.sets[0]) if case.mode != "forward" else None
+        self.wanted: dict[int, list[Tensor]] = {}
+        self.results: dict[str, Result] = {}
+
+    def run(self) -> list[Result]:
+        contenders = self.checked()
+        for contender in contenders:
+            if contender.kind != "copy":
+                self.add_costs(contender)
+        self.time(contenders)
+        return list(self.results.values())
+
+    def checked(self) -> list[Contender]:
+        """Those whose results are right. ``results`` has an entry for each, and for those that are wrong."""
+        with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder):
+            right = [contender for contender in self.contenders() if self.is_right(contender)]
+        self.wanted.clear()
+        if self.plan.wants("copy"):
+            right.append(self.copies())
+            self.results["copy"] = Result(self.case, "copy", "copy", model_bytes(self.case))
+        return right
+
+    # ------------------------------------------------------------------------------------------------------ contenders
+
+    def contenders(self) -> Iterator[Contender]:
+        ours = [self.op.ours(self.case, inputs) for inputs in self.sets]
+        for name in serving(self.case.device) if self.op.fused else ["reference"]:
+            kind = "reference" if name == "reference" else "fused"
+            if self.plan.wants(name):
+                yield self.contender(name, kind, ours, name)
+            if kind == "fused" and torch.device(self.case.device).type == "cuda" and self.plan.wants(f"{name} graph"):
+                yield self.graphs(name, ours)
+        eager = [self.op.eager(self.case, inputs) for inputs in self.sets]
+        if self.plan.wants("eager"):
+            yield self.contender("eager", "eager", eager)
+        if self.plan.compile and self.plan.wants("compile"):
+            torch.compiler.reset()
+            compiled = torch.compile(eager[0].func, dynamic=False)
+            calls = [partial(compiled, *call.args, **call.keywords) for call in eager]
+            yield self.contender("compile", "compile", calls)
+
+    def contender(self, name: str, kind: str, calls: Sequence[Call], backend: str | None = None) -> Contender:
+        leaves = self.leaves
+        upstream, backward = self.upstream, self.case.mode != "forward"
+
+        def step(i: int) -> Tensor:
+            for leaf in leaves[i]:
+                leaf.grad = None
+            value = calls[i]()
+            if backward:
+                value.backward(upstream)
+            return value
+
+        def results(i: int) -> list[Tensor]:
+            value = step(i).detach()
+            return [value, *(leaf.grad for leaf in leaves[i] if backward and leaf.grad is not None)]
+
+        return Contender(name, kind, step, results, backend)
+
+    def graphs(self, backend: str, calls: Sequence[Call]) -> Contender:
+        """The steps as CUDA graphs: captured when results or step are first asked for."""
+        plain = self.contender(f"{backend} graph", "fused", calls, backend)
+        captured: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
+
+        def capture(i: int) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+            if i not in captured:
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    plain.step(i)
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    results = plain.results(i)
+                captured[i] = (graph, results)
+            return captured[i]
+
+        def step(i: int) -> None:
+            capture(i)[0].replay()
+
+        def results(i: int) -> list[Tensor]:
+            step(i)
+            return capture(i)[1]
+
+        return Contender(plain.name, plain.kind, step, results, backend)
+
+    def copies(self) -> Contender:
+        """Half of the bytes read and half of them written, like the operation, by PyTorch's own copy."""
+        elements = max(1, model_bytes(self.case) // 8)
+        pairs = [torch.ones(2, elements, device=self.case.device) for _ in self.sets]
+
+        def step(i: int) -> None:
+            pairs[i][0].copy_(pairs[i][1])
+
+        return Contender("copy", "copy", step, lambda i: [])
+
+    @property
+    def leaves(self) -> list[list[Tensor]]:
+        return [[inputs[name] for name in self.op.leaves] for inputs in self.sets]
+
+    def release(self) -> None:
+        for leaves in self.leaves:
+            for leaf in leaves:
+                leaf.grad = None
+
+    # ------------------------------------------------------------------------------------------------- what they cost
+
+    def is_right(self, contender: Contender) -> bool:
+        """Runs it on every set, times the first call, and compares what it returns with the reference."""
+        result = Result(self.case, contender.name, contender.kind, model_bytes(self.case))
+        self.results[contender.name] = result
+        tolerance = check.tolerance(self.case, contender.kind in ("fused", "reference"))
+        try:
+            with fd.use_backend(contender.backend):
+                synchronize(self.case.device)
+                start = time.perf_counter()
+                contender.step(0)
+                synchronize(self.case.device)
+                result.first_call = time.perf_counter() - start
+                for i in range(len(self.sets)):
+                    result.error = check.difference(self.unscaled(contender.results(i)), self.expected(i), tolerance)
+                    if result.error is not None:
+                        result.error = f"wrong result: {result.error}"
+                        break
+        except Exception as error:  # whatever a compiler or a back end raises: the others are timed all the same
+            result.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        self.release()
+        return result.error is None
+
+    def unscaled(self, results: list[Tensor]) -> list[Tensor]:
+        if self.upstream is None or self.upstream.ndim > 0:
+            return results
+        return [results[0], *(gradient.double() / self.upstream.double() for gradient in results[1:])]
+
+    def expected(self, i: int) -> list[Tensor]:
+        if i not in self.wanted:
+            self.wanted[i] = check.expected(self.case, self.sets[i])
+        return self.wanted[i]
+
+    def add_costs(self, contender: Contender) -> None:
+        result = self.results[contender.name]
+        with fd.use_backend(contender.backend):
+            result.extra_memory = cost.extra_memory(contender.step, self.release, self.case.device)
+            if torch.device(self.case.device).type == "cuda":
+                result.launches = cost.launches(contender.step)
+                result.synchronizations = cost.host_synchronizations(contender.step)
+
+    def time(self, contenders: Sequence[Contender]) -> None:
+        calls = {}
+        for contender in contenders:
+            with fd.use_backend(contender.backend):
+                once = seconds_per_call(contender.step, self.rotation(0, 3), self.case.device)
+            calls[contender.name] = max(1, min(1000, round(self.plan.seconds / once)))
+        for turn in range(self.plan.rounds):
+            shift = turn % len(contenders) if contenders else 0  # nobody always runs after the same one
+            for contender in (*contenders[shift:], *contenders[:shift]):
+                with fd.use_backend(contender.backend):
+                    rotation = self.rotation(turn, calls[contender.name])
+                    seconds = seconds_per_call(contender.step, rotation, self.case.device)
+                self.results[contender.name].rounds.append(float(f"{seconds:.5g}"))
+
+    def rotation(self, start: int, calls: int) -> list[int]:
+        return [(start + i) % len(self.sets) for i in range(calls)]
+
+
+def _input_sets(case: Case) -> list[Inputs]:
+    """As many as make the caches useless, or one for a warm case."""
+    first = make_inputs(case, 0)
+    if case.warm:
+        return [first]
+    bytes_ = sum(tensor.numel() * tensor.itemsize for tensor in first.values())
+    count = max(2, min(_MOST_SETS, -(-4 * cache_bytes(case.device) // bytes_)))
+    return [first, *(make_inputs(case, seed) for seed in range(1, count))]
+
+
+def _upstream(case: Case, inputs: Inputs) -> Tensor | None:
+    """The incoming gradient: None for 1."""
+    if case.op == "to_x0":
+        return torch.ones_like(inputs["x"], requires_grad=False)
+    if case.torch_dtype is torch.float16:
+        return torch.tensor(_LOSS_SCALE, device=case.device)
+    return None
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        gc.collect()
+        fd.empty_cache()
