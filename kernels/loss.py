@@ -400,7 +400,10 @@ def part_sum(parts, stride: tl.constexpr, n, PARTS: tl.constexpr):
     return tl.sum(tl.load(parts + part * stride, mask=part < n, other=0.0, cache_modifier=".cg"))
 
 
-@triton.jit(do_not_specialize=["B", "chunks", "steps", "group", "groups", "n_weight_rows"])
+@triton.jit(
+    do_not_specialize=["B", "chunks", "steps", "group", "groups", "n_weight_rows"],
+    do_not_specialize_on_alignment=["measured", "finished"],  # where they begin depends on the batch size
+)
 def chunk_kernel(
     inputs,
     targets,

@@ -4,6 +4,8 @@ its own, since kernels are either interpreted or compiled:
 
     python compile_triton.py sm_90          # one sample size for each kernel, the calls that need the most registers
     python compile_triton.py sm_90 --all    # minutes
+
+With --batches nothing is compiled: it prints which batch sizes Triton would compile another kernel for.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,16 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 SAMPLES = {"latent": (4, 64, 64), "large": (16, 64, 64), "image": (3, 32, 32), "small latent": (8, 32, 32)}
 FEW_SAMPLES = ("latent", "large")
-FEW_CALLS = ("f_distill, statistics", "guided, converted, masked", "rows", "mixed", "score identity", "backward")
+FEW_CALLS = (
+    "f_distill, statistics",
+    "guided, converted, masked",
+    "rows",
+    "mixed",
+    "score identity",
+    "backward",
+    "500 bins",
+    "1000 bins",
+)
 
 
 class NoDriver:
@@ -83,20 +95,23 @@ def inspect_amd(assembly: str) -> dict[str, Any]:
     }
 
 
-def calls(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+def calls(shape: tuple[int, ...], dtype: torch.dtype, batch: int = 4) -> dict[str, Any]:
     """Calls of the back end, by name, on tensors of which only shapes, dtypes, strides and alignment matter."""
-    x, teacher, fake, uncond, x_t = (torch.empty(4, *shape, dtype=dtype) for _ in range(5))
+    x, teacher, fake, uncond, x_t = (torch.empty(batch, *shape, dtype=dtype) for _ in range(5))
     inputs = (x, teacher, fake)
-    logits, t, bins = torch.empty(4, 2), torch.empty(4), torch.ones(10)
-    rows, schedule = torch.empty(4, shape[0]), torch.empty(4, dtype=torch.float64)
-    mask = torch.empty(4, *shape, dtype=torch.bool)
-    broadcast = torch.empty(4, 1, *shape[1:], dtype=torch.bool).expand(4, *shape)
+    logits, t, bins = torch.empty(batch, 2), torch.empty(batch), torch.ones(10)
+    rows, schedule = torch.empty(batch, shape[0]), torch.empty(batch, dtype=torch.float64)
+    mask = torch.empty(batch, *shape, dtype=torch.bool)
+    broadcast = torch.empty(batch, 1, *shape[1:], dtype=torch.bool).expand(batch, *shape)
     other = torch.bfloat16 if dtype is torch.float32 else torch.float32
 
     def matching(inputs: Any = inputs, reduction: int = 0, **tensors: Any) -> Any:
         names = ("weight", "uncond", "guidance", "mask", "x_t", "alpha", "sigma", "normalizer")
         params = LossParams(prediction=2 if "x_t" in tensors else 0, reduction=reduction, need_stats=True)
         return lambda: backend.distribution_matching(*inputs, tuple(map(tensors.get, names)), params, True)
+
+    def many_bins(n: int) -> Any:
+        return lambda: backend.f_weights(logits, t, torch.ones(n), WeightParams())
 
     none = (None,) * 8
     plain, counted = LossParams(), LossParams(need_stats=True)
@@ -116,8 +131,37 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
         "rows": matching(weight=rows, x_t=x_t, alpha=rows, sigma=schedule),
         "mixed": matching((x, teacher.to(other), fake.to(other))),
         "score identity": lambda: backend.score_identity(*inputs, schedule, None, None, counted, [True] * 3),
-        "backward": lambda: backend.scale_gradient(x, torch.ones(4), torch.ones(()), False),
+        "500 bins": many_bins(500),
+        "1000 bins": many_bins(1000),
+        "backward": lambda: backend.scale_gradient(x, torch.ones(batch), torch.ones(()), False),
     }
+
+
+def batches(target: GPUTarget) -> dict[str, list[list[int]]]:
+    """For each call and kernel the batch sizes 1 to 33, those together that one compiled kernel serves."""
+    found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    current: tuple[str, int] = ("", 0)
+
+    def record(kernel: Any, grid: int, device: torch.device, program: Any, *rest: Any, **constants: Any) -> None:
+        *_, bind = kernel.device_caches[0]
+        _, specialization, options = bind(*rest, **constants, **program.options(backend.device_of(device)), debug=False)
+        call, batch = current
+        found[f"{call}: {kernel.fn.__name__}"][f"{specialization} {options}"].append(batch)
+
+    stand_in(target, record)
+    for shape in (*SAMPLES.values(), (3, 5, 5), (3, 33, 163)):
+        for batch in (1, 2, 3, 16, 33):
+            for name, call in calls(shape, torch.float32, batch).items():
+                current = (f"{name} {shape}", batch)
+                call()
+    return {name: list(kernels.values()) for name, kernels in found.items()}
+
+
+def stand_in(target: GPUTarget, launch: Any) -> None:
+    """Has the back end take this GPU for the one it runs on, and launch by this function."""
+    driver.set_active(NoDriver(target))
+    backend.launch = launch
+    backend.device_of = lambda _: backend.Device(132, 50 << 20, target.warp_size, target.backend == "cuda")
 
 
 def main(target: GPUTarget, everything: bool) -> list[dict[str, Any]]:
@@ -135,9 +179,7 @@ def main(target: GPUTarget, everything: bool) -> list[dict[str, Any]]:
         facts = inspect_nvidia(compiled.asm["cubin"]) if is_nvidia else inspect_amd(compiled.asm["amdgcn"])
         found.append(current | {"kernel": kernel.fn.__name__, "block": program.block} | facts)
 
-    driver.set_active(NoDriver(target))
-    backend.launch = compile_only
-    backend.device_of = lambda _: backend.Device(132, 50 << 20, target.warp_size, target.backend == "cuda")
+    stand_in(target, compile_only)
     for dtype_name, dtype in DTYPES.items():
         for sample, shape in SAMPLES.items():
             for name, call in calls(shape, dtype).items():
@@ -148,4 +190,5 @@ def main(target: GPUTarget, everything: bool) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(TARGETS[sys.argv[1]], "--all" in sys.argv[2:]), indent=1))
+    target = TARGETS[sys.argv[1]]
+    print(json.dumps(batches(target) if "--batches" in sys.argv else main(target, "--all" in sys.argv), indent=1))

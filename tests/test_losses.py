@@ -295,6 +295,8 @@ def test_statistics(backend: Backend, reduction: str, dtype: torch.dtype) -> Non
     check_statistics(arguments)
     arguments["weight"] = backend.randn(4, 5, seed=6).abs()
     check_statistics(arguments)
+    for weight in (backend.randn(4, 3, seed=7)[:, 0], backend.tensor(0.7).expand(4), backend.randn(5, 4, seed=8).T):
+        check_statistics(arguments | {"weight": weight})
     arguments["fake"][1, 2, 3] = math.inf
     arguments["mask"][1, 2, 3] = True
     arguments["fake"][2, 0, 0] = math.nan

@@ -426,6 +426,22 @@ def test_layouts_of_many_dimensions(parts: bool, monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(gradient, wanted)
 
 
+@pytest.mark.parametrize("shape", [(0, 5, 70, 60), (2, 2, 3, 2, 2, 0)])
+def test_nothing_in_any_layout(shape: tuple[int, ...]) -> None:
+    """No samples of a size that takes several programs; samples of no elements, in layouts of many dimensions."""
+    found = arguments(shape)
+    order = (0, *range(len(shape) - 1, 0, -1))
+    found["fake"] = torch.zeros([shape[d] for d in order], device=DEVICE).permute(order)
+    found["teacher"] = torch.zeros(shape[1:], device=DEVICE).expand(shape)
+    for reduction in ("mean", "sum", "sample"):
+        loss, stats = fd.distribution_matching_loss(**found, reduction=reduction, return_stats=True)
+        assert loss.shape == (shape[:1] if reduction == "sample" else ())
+        assert not loss.any() and stats.to_dict()["grad_norm"] == stats.to_dict()["nonfinite"] == 0.0
+        (gradient,) = torch.autograd.grad(loss.sum(), found["x"])
+        assert gradient.shape == shape
+    assert fd.score_difference(**found).shape == shape
+
+
 # ---------------------------------------------------------------------------------------------------------- being there
 
 
@@ -436,7 +452,7 @@ def test_too_many_bins_are_refused() -> None:
     assert bool((histogram.bins == 1).all())
 
 
-@pytest.mark.parametrize("bins", [1, 33, 700])
+@pytest.mark.parametrize("bins", [1, 33, 1000])
 def test_any_number_of_bins(bins: int) -> None:
     logits, t = randn(300, 2), torch.rand(300).to(DEVICE)
     histogram, other = (fd.RatioHistogram(0.0, 1.0, bins=bins, ema_rate=0.3).to(DEVICE) for _ in range(2))

@@ -24,8 +24,9 @@ def plan(shape: tuple[int, ...], leader: Strides, operands: tuple[Strides | None
     ``n_rows`` operands are rows, with a stride for each leading dimension they have."""
     n_operands = len(operands)
     merged: list[tuple[int, tuple[int, ...]]] = []
+    empty = 0 in shape[1:]  # where there are no elements, any layout does
     for d in sorted(range(1, len(shape)), key=lambda d: -leader[d]):
-        if shape[d] == 1:
+        if shape[d] == 1 or empty:
             continue
         here = tuple(strides[d] if strides is not None and d < len(strides) else 0 for strides in operands)
         if merged and all(outer == inner * shape[d] for outer, inner in zip(merged[-1][1], here, strict=True)):

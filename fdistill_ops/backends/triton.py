@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ from ._shared import batched, histogram_buffers, in_dtype_of, is_dense, plain, s
 name = "triton"
 
 INTERPRETED: bool = knobs.runtime.interpret
-MAX_BINS = 4096
+MAX_BINS = 1024
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _PREDICTIONS, _REDUCTIONS = tuple(PREDICTIONS), tuple(REDUCTIONS)
 _NORMALIZERS = tuple(map(str, NORMALIZERS))
@@ -106,8 +107,20 @@ def _zeros(n: int, device: torch.device) -> Tensor:
     key = (stream.device_index, stream.cuda_stream)
     found = _counters.get(key)
     if found is None or found.numel() < n:
-        found = _counters[key] = torch.zeros(max(n, 4096), dtype=torch.int64, device=device)
+        found = _counters[key] = _lasting_zeros(max(n, 4096), stream)
     return found
+
+
+def _lasting_zeros(n: int, stream: torch.cuda.Stream) -> Tensor:
+    """Allocated by a thread of its own: what this one allocates may go to a pool that torch.compile's CUDA graphs, say,
+    check for tensors that stay."""
+
+    def allocate() -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.zeros(n, dtype=torch.int64, device=stream.device)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(allocate).result()
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
@@ -177,7 +190,7 @@ def _compute_weights(w: _Weights, zero: bool) -> tuple[Tensor, Tensor]:
     logits = w.source[0]
     weights = torch.empty(logits.shape[:1], dtype=compute_dtype(logits), device=logits.device)
     ratio_stats = torch.empty(3, dtype=torch.float64, device=logits.device)
-    rows = 512 if not w.constants["BINS"] else min(512, max(16, 8192 // w.constants["BINS"]))
+    rows = 512 if not w.constants["BINS"] else min(512, max(32, 8192 // w.constants["BINS"]))
     launch(
         f_weights_kernel,
         1,
@@ -344,7 +357,7 @@ def _loss(
         count = mask.sum(tuple(range(1, mask.ndim)))
     weight_rows, n_weight_rows = None, B
     if stats is not None and weight is not None:
-        weight_rows, n_weight_rows = weight.reshape(-1), weight.numel()
+        weight_rows, n_weight_rows = weight.contiguous(), weight.numel()
     constants = {
         "C": _COMPUTE[dtype],
         "PREDICTION": _PREDICTIONS[params.prediction],
@@ -393,7 +406,7 @@ def _loss(
             N * (teacher.itemsize + (0 if uncond is None else uncond.itemsize)) * (2 if half or identity else 1)
         )
         group = max(1, min(B, device_of(device).cache_bytes // (8 * read_twice)))
-        groups = triton.cdiv(B, group)
+        groups = max(1, triton.cdiv(B, group))  # an empty batch has a loss too
         turns = 2 if measures or half else 1
         scratch = torch.empty(B * (SCRATCH_FIELDS + chunks * 7), dtype=torch.float64, device=device)
         samples, measured, finished = scratch.split([B * SCRATCH_FIELDS, B * chunks * 2, B * chunks * 5])
@@ -509,9 +522,11 @@ def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, kee
         return product if keep or batched(factor) else gradient.copy_(product)
     if gradient.numel() == 0:
         return gradient
-    by_sample = upstream.ndim == 1 or scale is not None
-    B = gradient.shape[0] if by_sample else 1
+    B = gradient.shape[0]
     N = gradient.numel() // B
+    by_sample = upstream.ndim == 1 or scale is not None or N % 16 != 0  # compiled for N divisible by 16, or not
+    if not by_sample:
+        B, N = 1, gradient.numel()
     program = Program(_CHUNK_BYTES // gradient.itemsize, 256)
     chunks = triton.cdiv(N, program.block)
     launch(
