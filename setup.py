@@ -1,5 +1,5 @@
-"""Packages fdistill_ops with its compiled modules; csrc/compile_kernels.py builds them, and lists what it reads from the
-environment.
+"""Packages fdistill_ops with its compiled modules; csrc/compile_kernels.py builds them, and lists what it reads from
+the environment.
 
 Without a C++ compiler the package installs all the same; fdistill_ops.build_info() then says what was missing.
 """

@@ -1,14 +1,15 @@
 """Everything that needs a GPU, in under nine minutes and without a network: ``make gpu-check OUT=DIR``.
 
-Builds the compiled modules in place, runs the tests marked ``gpu``, compute-sanitizer over a small set of calls, ncu for
-the DRAM bytes of one large launch where its counters can be read, and the benchmark. Logs, JSON and plots go to DIR; the
-last output is a table, and the exit status is not zero if anything failed. A check that cannot run here says why and
-counts as skipped.
+Builds the compiled modules in place, runs the tests marked ``gpu``, compute-sanitizer over a small set of calls, ncu
+for the DRAM bytes of one large launch where its counters can be read, and the benchmark. Logs, JSON and plots go to
+DIR; the last output is a table, and the exit status is not zero if anything failed. A check that cannot run here says
+why and counts as skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -17,12 +18,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_S = 510.0  # of nine minutes
+NO_TESTS = 5  # pytest's exit status where nothing was selected
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -47,9 +51,17 @@ class Failure(Exception):
 class Checks:
     def __init__(self, out: Path, budget: float) -> None:
         self.out, self.end = out, time.monotonic() + budget
+        self.site = out / "site"  # where the package is imported from
         self.results: list[Result] = []
 
     def run(self, name: str, check: Callable[[], str]) -> None:
+        self.results.append(self.outcome(name, check))
+
+    def run_together(self, checks: dict[str, Callable[[], str]]) -> None:
+        with ThreadPoolExecutor(len(checks)) as pool:
+            self.results += pool.map(self.outcome, checks, checks.values())
+
+    def outcome(self, name: str, check: Callable[[], str]) -> Result:
         start = time.monotonic()
         try:
             if self.end - start < 5:
@@ -59,21 +71,31 @@ class Checks:
             status, note = "skipped", str(reason)
         except Failure as failure:
             status, note = "FAILED", str(failure)
-        self.results.append(Result(name, status, round(time.monotonic() - start, 1), note))
         print(f"{name}: {status} {note}", flush=True)
+        return Result(name, status, round(time.monotonic() - start, 1), note)
 
-    def command(self, log: str, command: list[str], limit: float, **environment: str) -> str:
+    def command(
+        self,
+        log: str,
+        command: list[str],
+        limit: float,
+        *,
+        also_good: tuple[int, ...] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> str:
         """Runs a command in the repository, its output to ``log``. Returns the output."""
+        path = os.pathsep.join([str(self.site), *filter(None, [os.environ.get("PYTHONPATH")])])
+        variables = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"} | dict(environment or {})
         limit = max(5.0, min(limit, self.end - time.monotonic()))
-        path = self.out / log
-        with path.open("w") as file:
+        output = self.out / log
+        with output.open("w") as file:
             file.write(f"$ {' '.join(command)}\n")
             file.flush()
             try:
                 code = subprocess.run(
                     command,
                     cwd=ROOT,
-                    env=os.environ | environment,
+                    env=variables,
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     timeout=limit,
@@ -82,8 +104,8 @@ class Checks:
                 raise Failure(f"took more than {limit:.0f} s; see {log}") from None
             except OSError as error:
                 raise Failure(str(error)) from None
-        text = path.read_text(errors="replace")
-        if code != 0:
+        text = output.read_text(errors="replace")
+        if code not in (0, *also_good):
             lines = [line for line in text.splitlines() if line.strip()]
             raise Failure(f"exit status {code}; see {log}: {lines[-1][:160]}")
         return text
@@ -119,33 +141,48 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_tests(checks: Checks) -> str:
+def check_tests(checks: Checks, back_end: str) -> str:
+    """The tests marked gpu of one back end; what belongs to none goes with cuda. Every file in a process of its own, as
+    many at once as half of the processors take."""
     if importlib.util.find_spec("pytest") is None:
         raise Failure("pytest is not installed")
-    text = checks.command("pytest.log", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--durations=10"], 240)
-    return next(line for line in reversed(text.splitlines()) if re.search(r"passed|skipped|failed|no tests", line))
+    selected = ["-m", "gpu", "-k", "triton" if back_end == "triton" else "not triton"]
+
+    def run(file: Path) -> tuple[Counter[str], str | None]:
+        log = f"pytest-{back_end}-{file.stem}.log"
+        command = [sys.executable, "-m", "pytest", "-q", "--durations=5", *selected, str(file)]
+        try:
+            return counts(checks.command(log, command, 240, also_good=(NO_TESTS,))), None
+        except Failure as failure:
+            return counts((checks.out / log).read_text(errors="replace")), f"{file.name}: {failure}"
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+        found = list(pool.map(run, sorted((ROOT / "tests").glob("test_*.py"))))
+    total = ", ".join(f"{number} {what}" for what, number in sum((part for part, _ in found), Counter()).items())
+    failures = [failure for _, failure in found if failure is not None]
+    if failures:
+        raise Failure(f"{total}; {'; '.join(failures)}")
+    return total
+
+
+def counts(text: str) -> Counter[str]:
+    """Passed, failed, ... from pytest's last line."""
+    lines = [line for line in text.splitlines() if re.search(r"\d+ \w+.* in [\d.]+s", line)]
+    found = re.findall(r"(\d+) (passed|failed|skipped|errors?)", lines[-1]) if lines else []
+    return Counter({what: int(number) for number, what in found})
 
 
 def check_sanitizer(checks: Checks, name: str) -> str:
     command = [tool("compute-sanitizer"), "--tool", name, "--error-exitcode", "9"]
     script = [sys.executable, str(ROOT / "bench" / "gpu_calls.py")]
-    checks.command(f"{name}.log", [*command, *script], 45, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    checks.command(f"{name}.log", [*command, *script], 200, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     return "no errors"
 
 
 def check_dram(checks: Checks) -> str:
     """DRAM bytes of one f_distill_loss over 64 MiB tensors, in units of one tensor."""
     metrics = "dram__bytes_read.sum,dram__bytes_write.sum"
-    command = [
-        tool("ncu"),
-        "--metrics",
-        metrics,
-        "--csv",
-        "--kernel-name-base",
-        "demangled",
-        "-k",
-        "regex:on_chip|split",
-    ]
+    command = [tool("ncu"), "--metrics", metrics, "--csv", "-k", "regex:on_chip|split"]
     try:
         text = checks.command("ncu.log", [*command, sys.executable, "bench/gpu_calls.py", "--large"], 60)
     except Failure as failure:
@@ -188,10 +225,12 @@ def main() -> int:
 
     checks.run("build", lambda: build(checks))
     for back_end in ("cuda", "triton"):
-        checks.run(f"{back_end} is there", lambda back_end=back_end: present(checks, back_end))
-    checks.run("tests", lambda: check_tests(checks))
-    for name in SANITIZERS:
-        checks.run(name, lambda name=name: check_sanitizer(checks, name))
+        checks.run(f"{back_end} is there", functools.partial(present, checks, back_end))
+    together: dict[str, Callable[[], str]] = {
+        f"tests of {back_end}": functools.partial(check_tests, checks, back_end) for back_end in ("cuda", "triton")
+    }
+    together |= {name: functools.partial(check_sanitizer, checks, name) for name in SANITIZERS}
+    checks.run_together(together)
     checks.run("DRAM", lambda: check_dram(checks))
     checks.run("benchmark", lambda: check_benchmark(checks))
 
@@ -207,8 +246,17 @@ def main() -> int:
 def build(checks: Checks) -> str:
     compute = ".".join(map(str, capability()))
     environment = {"FDISTILL_CUDA": "1", "FDISTILL_CUDA_ARCHS": compute.replace(".", "")}
-    checks.command("build.log", [sys.executable, "csrc/compile_kernels.py"], 180, **environment)
+    checks.command("build.log", [sys.executable, "csrc/compile_kernels.py"], 180, environment=environment)
+    link_package(checks.site / "fdistill_ops")
     return f"for compute capability {compute}"
+
+
+def link_package(package: Path) -> None:
+    """The package as an installation lays it out, with kernels/ and bench/ in it, of links into the repository."""
+    shutil.rmtree(package, ignore_errors=True)
+    package.mkdir(parents=True)
+    for entry in (*(ROOT / "fdistill_ops").iterdir(), ROOT / "kernels", ROOT / "bench"):
+        (package / entry.name).symlink_to(entry)
 
 
 def capability() -> tuple[int, int]:

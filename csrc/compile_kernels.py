@@ -23,6 +23,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 CSRC = Path(__file__).resolve().parent
 # No fused multiply-adds the source does not write: every instruction set gives the same bits.
@@ -71,19 +72,30 @@ def find_nvcc() -> list[str]:
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
     if nvcc is None or sys.platform != "linux":
-        reason = "nvcc was not found (CUDA_HOME or PATH) when the package was built"
-        if wanted == "1":
-            raise SystemExit(f"FDISTILL_CUDA=1: {reason}")
-        raise NoCuda(reason)
-    archs = cuda_archs()
+        give_up("nvcc was not found (CUDA_HOME or PATH) when the package was built")
+    archs = cuda_archs(nvcc)
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [nvcc, *targets, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
-def cuda_archs() -> list[str]:
-    archs = os.environ.get("FDISTILL_CUDA_ARCHS", CUDA_ARCHS).replace(",", " ").split()
-    if not archs or not all(arch.rstrip("af").isdigit() for arch in archs):
-        raise SystemExit(f"FDISTILL_CUDA_ARCHS must be compute capabilities such as {CUDA_ARCHS!r}")
+def give_up(reason: str) -> NoReturn:
+    if os.environ.get("FDISTILL_CUDA") == "1":
+        raise SystemExit(f"FDISTILL_CUDA=1: {reason}")
+    raise NoCuda(reason)
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """The compute capabilities asked for, or those of the default ones that this nvcc knows."""
+    wanted = os.environ.get("FDISTILL_CUDA_ARCHS")
+    if wanted is not None:
+        archs = wanted.replace(",", " ").split()
+        if not archs or not all(arch.rstrip("af").isdigit() for arch in archs):
+            raise SystemExit(f"FDISTILL_CUDA_ARCHS must be compute capabilities such as {CUDA_ARCHS!r}, got {wanted!r}")
+        return archs
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
+    archs = [arch for arch in CUDA_ARCHS.split() if f"compute_{arch}" in known]
+    if not archs:
+        give_up(f"nvcc ({nvcc}) knows none of the compute capabilities {CUDA_ARCHS}")
     return archs
 
 
@@ -139,7 +151,8 @@ def steps(
     shared = [*compiler, *(["-shared"] if linux else ["-bundle", "-undefined", "dynamic_lookup"])]
     objects, linker, with_cuda = [], (shared, ["-pthread", "-ldl"] if linux else []), []
     if nvcc is not None:
-        nvcc = [*nvcc, "-ccbin", compiler[0]]
+        host = next(part for part in reversed(compiler) if not part.startswith("-"))  # behind ccache, say
+        nvcc = [*nvcc, "-ccbin", host]
         objects += compile_all([*CUDA_SOURCES, "cuda/launch.cpp"], "", [*nvcc, *CUDA_FLAGS, *paths])
         # The runtime becomes part of the module, which needs no CUDA where there is no GPU.
         linker = ([*nvcc, "-shared", "-cudart", "static"], ["-Xcompiler", "-pthread", "-ldl"])
@@ -200,7 +213,7 @@ def build(targets: list[Path], directory: Path) -> None:
         nvcc = None
         try:
             nvcc = find_nvcc()
-            record["cuda"] = {"compiler": compiler_version(nvcc[:1], -1), "archs": cuda_archs()}
+            record["cuda"] = {"compiler": compiler_version(nvcc[:1], -1), "archs": cuda_archs(nvcc[0])}
         except NoCuda as reason:
             record["cuda_skipped"] = str(reason)
         run(steps(compiler, nvcc, directory, target, *others or [None]), directory)

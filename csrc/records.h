@@ -1,4 +1,5 @@
-// Python's tuples to the records of a call: tensors come as (address, dtype code, strides). Arguments were checked in Python.
+// Python's tuples to the records of a call: tensors come as (address, dtype code, strides). Arguments were checked in
+// Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -65,15 +66,15 @@ struct ParsedWeights {
   }
 };
 
-// A call of a loss, with the sizes that it points to. weights: the arguments of f_weights, or None where operands has a weight or there is
-// none.
+// A call of a loss, with the sizes that it points to. weights: the arguments of f_weights, or None where operands has a
+// weight or there is none.
 struct ParsedLoss {
   LossCall call{};
   std::unique_ptr<ParsedWeights> logits;
 
-  ParsedLoss(const py::tuple& shape, const py::tuple& operands, const py::object& guidance, const py::object& normalizer,
-                const py::tuple& params, const py::object& weights, bool score_identity, bool wide, size_t loss,
-                size_t gradient_scale, size_t stats) {
+  ParsedLoss(const py::tuple& shape, const py::tuple& operands, const py::object& guidance,
+             const py::object& normalizer, const py::tuple& params, const py::object& weights, bool score_identity,
+             bool wide, size_t loss, size_t gradient_scale, size_t stats) {
     call.dims = static_cast<int>(shape.size());
     for (int d = 0; d < call.dims; ++d) sizes_[d] = PyLong_AsLongLong(item(shape.ptr(), d));
     call.shape = sizes_;

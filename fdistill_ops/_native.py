@@ -41,6 +41,11 @@ def cuda_reason() -> str | None:
     return _build_record().get("cuda_skipped") or "the compiled module was built without CUDA"
 
 
+def cuda_archs() -> list[str]:
+    """Compute capabilities that the CUDA kernels were compiled for, such as "90"."""
+    return _build_record()["cuda"]["archs"]
+
+
 def reason() -> str | None:
     """Why there is no compiled module; None where there is one."""
     module()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -239,6 +238,18 @@ def assert_ulps(got: Tensor, want: Tensor) -> None:
     from fdistill_ops.testing import assert_close
 
     assert_close(got, want, ulps=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 1001), (2, 3, 64, 64)])
+def test_elements_have_the_bits_of_the_cpu_back_end(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Every operation on an element is rounded once, in the same order; sums are not in the way without a
+    normaliser."""
+    tensors = batch(shape, dtype, "x teacher fake teacher_uncond x_t") | {"normalizer": None, "guidance_scale": 1.7}
+    schedule = {"prediction": "flow", "alpha": torch.linspace(0.1, 0.9, shape[0]), "sigma": 0.3}
+    got = fd.score_difference(**tensors, **schedule)
+    with fd.use_backend("cpu"):
+        assert torch.equal(got, fd.score_difference(**tensors, **schedule))
 
 
 def test_memory_grows_with_the_calls() -> None:

@@ -29,9 +29,8 @@ def build(folder: Path, **environment: str) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, source / name)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source]
-    result = subprocess.run(
-        command, env=os.environ | {"FDISTILL_CUDA": "0"} | environment, capture_output=True, text=True, timeout=600
-    )
+    environment = os.environ | {"FDISTILL_CUDA": "0"} | environment
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     (wheel,) = folder.glob("fdistill_ops-*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -43,7 +42,8 @@ def run(package: Path, script: str) -> dict[str, object]:
     """What the script prints as JSON, run with the unpacked wheel before everything else on the path. Without site
     (-S), whose hook for an editable installation would find that one's compiled module."""
     path = os.pathsep.join([str(package), *filter(None, sys.path)])
-    environment = {key: value for key, value in os.environ.items() if key != "FDISTILL_BACKEND"} | {"PYTHONPATH": path}
+    chosen = ("FDISTILL_BACKEND", "TRITON_INTERPRET")
+    environment = {key: value for key, value in os.environ.items() if key not in chosen} | {"PYTHONPATH": path}
     arguments = [sys.executable, "-S", "-c", script]
     result = subprocess.run(arguments, cwd=package, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr

@@ -164,9 +164,9 @@ def test_plot_is_what_the_script_draws(tmp_path: Path) -> None:
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for page in PAGES:
-        for target in re.findall(r"(?:^    |`)make ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE):
+        for target in re.findall(r"(?:^    |`)make ([a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for variable in re.findall(r"make \w+ (\w+)=", README):
+    for variable in re.findall(r"make [a-z-]+ (\w+)=", README):
         assert re.search(rf"^{variable} *=", makefile, re.MULTILINE), variable
 
 

@@ -70,7 +70,7 @@ struct LossArguments {
   bool backwards;     // gradients from the last chunk to the first: what was read last is still in the caches
   bool early;         // started before an earlier launch has ended
   // Memory of the stream. Counters are zero before and after a launch.
-  unsigned* counters;  // [kCounters], then for each sample [kSampleCounters]
+  unsigned* counters;          // [kCounters], then for each sample [kSampleCounters]
   unsigned long long* masked;  // elements on the mask of the whole batch, counted by an earlier launch
   Measures *chunk_measures, *sample_measures;
   SampleSums* chunk_sums;
@@ -107,8 +107,9 @@ constexpr int kPrologueBins = 256;
 
 // The kernels, one table for each dtype of the elements. f32 and f64 of `strided`: the type computed in.
 struct LossKernels {
-  Kernel<LossArguments> on_chip, split;              // any call
-  Kernel<LossArguments> plain_on_chip, plain_split;  // x0-predictions, a weight for each sample, nothing else; may be null
+  Kernel<LossArguments> on_chip, split;  // any call
+  Kernel<LossArguments> plain_on_chip,
+      plain_split;  // x0-predictions, a weight for each sample, nothing else; may be null
 };
 const LossKernels& loss_kernels_f32();
 const LossKernels& loss_kernels_f64();

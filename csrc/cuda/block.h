@@ -27,8 +27,7 @@ __device__ __forceinline__ void reduce_block(double (&values)[n]) {
   const auto partial = shared_memory<double>(0, kMaxWarps * kMaxReduced);
   const unsigned warp = thread() / kWarp, warps = threads() / kWarp;
 #pragma unroll
-  for (int i = 0; i < n; ++i)
-    values[i] = i < maxima ? reduce_warp(values[i], Max()) : reduce_warp(values[i], Add());
+  for (int i = 0; i < n; ++i) values[i] = i < maxima ? reduce_warp(values[i], Max()) : reduce_warp(values[i], Add());
   if (warps == 1) return;
   sync_block();  // whoever read the last totals is done
   if (thread() % kWarp == 0) {
@@ -56,7 +55,9 @@ struct Load {
   __device__ __forceinline__ float16 operator()(const float16* p) const { return {load(&p->bits)}; }
 };
 
-__device__ __forceinline__ double number(const void* data, DType dtype, int64_t i) { return element(data, dtype, i, Load()); }
+__device__ __forceinline__ double number(const void* data, DType dtype, int64_t i) {
+  return element(data, dtype, i, Load());
+}
 // The same for floating dtypes alone.
 __device__ __forceinline__ double floating(const void* data, DType dtype, int64_t i) {
   switch (dtype) {

@@ -1,5 +1,5 @@
-// What the kernels use of CUDA, each in one small function. The emulator (csrc/emulator) has the same functions for the host
-// compiler, with checks in them; kernels touch memory through these alone.
+// What the kernels use of CUDA, each in one small function. The emulator (csrc/emulator) has the same functions for the
+// host compiler, with checks in them; kernels touch memory through these alone.
 #pragma once
 
 #include <cstdint>
@@ -84,6 +84,8 @@ template <class T>
 __device__ __forceinline__ T load_fresh(const T* p) {
   return __ldcg(p);
 }
+// Brings the line into the level 2 cache.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 template <class T>
 __device__ __forceinline__ void store(T* p, T value) {
   *p = value;

@@ -66,6 +66,7 @@ const Device& OnDevice::properties() const {
   if (found != known.end()) return found->second;
   Device device;
   device.processors = attribute(cudaDevAttrMultiProcessorCount, device_);
+  device.programmatic = attribute(cudaDevAttrComputeCapabilityMajor, device_) >= 9;
   device.max_cluster = attribute(cudaDevAttrClusterLaunch, device_) ? 8 : 1;  // what every such device has
   device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device_);
   device.level2_bytes = attribute(cudaDevAttrL2CacheSize, device_);

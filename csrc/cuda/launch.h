@@ -16,6 +16,7 @@ struct Device {
   int max_cluster;      // blocks that may form a cluster; 1 where there are none
   size_t shared_bytes;  // of one block, at most
   size_t level2_bytes;  // of the level 2 cache
+  bool programmatic;    // a kernel may start before the one before it has ended
 };
 
 // Makes a device the current one, for as long as this lives.
@@ -43,8 +44,8 @@ struct Launch {
 // Blocks of this kernel that the current device runs at the same time.
 unsigned resident_blocks(const char* name, const void* kernel, unsigned threads, size_t shared);
 
-// A kernel takes one record. launch() starts it on the current device and throws std::runtime_error, with the kernel's name, where that
-// fails. ranges: the memory it may touch.
+// A kernel takes one record. launch() starts it on the current device and throws std::runtime_error, with the kernel's
+// name, where that fails. ranges: the memory it may touch.
 #if defined(FDISTILL_EMULATOR)
 
 using emulator::Ranges;

@@ -1,5 +1,5 @@
-// Chooses the kernels of a call and launches them. What is chosen depends on the size of a sample, its operands and the device, not on
-// the batch: a sample gives the same bits in every batch.
+// Chooses the kernels of a call and launches them. What is chosen depends on the size of a sample, its operands and the
+// device, not on the batch: a sample gives the same bits in every batch.
 #include "loss.h"
 
 #include <algorithm>
@@ -11,9 +11,9 @@
 namespace fdistill::gpu {
 namespace {
 
-constexpr int64_t kSplitChunk = 8192;          // elements of a piece of a split sample
-constexpr int64_t kComfortable = 64 << 10;     // bytes kept by a block, so that a multiprocessor runs several
-constexpr int64_t kReserved = 16 << 10;        // bytes of shared memory for everything that is not kept
+constexpr int64_t kSplitChunk = 8192;       // elements of a piece of a split sample
+constexpr int64_t kComfortable = 64 << 10;  // bytes kept by a block, so that a multiprocessor runs several
+constexpr int64_t kReserved = 16 << 10;     // bytes of shared memory for everything that is not kept
 static_assert(SharedLayout::weights + kPrologueSamples * 12 + kPrologueBins * 8 + 16 <= kReserved);
 
 int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
@@ -103,12 +103,14 @@ void launch_count(const LossCall& call, unsigned long long* total, void* stream)
   ranges.write(total, sizeof(*total));
   const auto kernel = mask_kernel();
   const int64_t useful = divide_up(count.elements, 64 * kMaxThreads);
-  const unsigned resident = resident_blocks("count", reinterpret_cast<const void*>(kernel), kMaxThreads, kReductionBytes);
-  launch({"count", static_cast<unsigned>(std::clamp<int64_t>(useful, 1, resident)), kMaxThreads, 1, kReductionBytes, false, stream},
+  const unsigned resident =
+      resident_blocks("count", reinterpret_cast<const void*>(kernel), kMaxThreads, kReductionBytes);
+  launch({"count", static_cast<unsigned>(std::clamp<int64_t>(useful, 1, resident)), kMaxThreads, 1, kReductionBytes,
+          false, stream},
          kernel, count, ranges);
 }
 
-// ----------------------------------------------------------------------------------------------------------------- plan
+// ---------------------------------------------------------------------------------------------------------------- plan
 
 class Plan {
  public:
@@ -124,14 +126,13 @@ class Plan {
     scratch();
   }
 
-  Needs needs() const {
-    return {kCounters + (on_chip_ ? 0 : args_.batch * kSampleCounters), pieces_.used()};
-  }
+  Needs needs() const { return {kCounters + (on_chip_ ? 0 : args_.batch * kSampleCounters), pieces_.used()}; }
 
   void run(void* stream) {
     if (weighs_first_) launch_weights(separate_, stream);
     if (args_.early) launch_count(call_, args_.masked, stream);
-    Launch config{name_, 0, threads_, static_cast<unsigned>(on_chip_ ? args_.chunks : 1), shared_, args_.early, stream};
+    const bool early = args_.early && device_.programmatic;
+    Launch config{name_, 0, threads_, static_cast<unsigned>(on_chip_ ? args_.chunks : 1), shared_, early, stream};
     if (on_chip_) {
       config.blocks = static_cast<unsigned>(args_.batch * args_.chunks);
     } else {
@@ -143,7 +144,9 @@ class Plan {
 
  private:
   bool mask() const { return static_cast<bool>(call_.operands[kMask]); }
-  unsigned resident() const { return resident_blocks(name_, reinterpret_cast<const void*>(kernel_), threads_, shared_); }
+  unsigned resident() const {
+    return resident_blocks(name_, reinterpret_cast<const void*>(kernel_), threads_, shared_);
+  }
 
   // Weights of a batch that is too large for every block to compute them by itself.
   void weigh_first() {
@@ -219,18 +222,20 @@ class Plan {
     const LossParams& p = call_.params;
     measures_ = p.normalizer == Normalizer::mean_abs || call_.gradient_scale != nullptr ||
                 (mask() && p.reduction == Reduction::sample);
-    const bool plain = !call_.operands[kUncond] && !call_.operands[kXt] && !mask() && !args_.rows && !p.zero_nonfinite &&
-                       call_.stats == nullptr && !call_.score_identity && call_.gradient_scale == nullptr;
-    const LossKernels& kernels = !same                   ? call_.wide ? loss_kernels_strided_f64() : loss_kernels_strided_f32()
-                                 : dtype == DType::f32   ? loss_kernels_f32()
-                                 : dtype == DType::f64   ? loss_kernels_f64()
-                                 : dtype == DType::bf16  ? loss_kernels_bf16()
-                                                         : loss_kernels_f16();
+    const bool plain = !call_.operands[kUncond] && !call_.operands[kXt] && !mask() && !args_.rows &&
+                       !p.zero_nonfinite && call_.stats == nullptr && !call_.score_identity &&
+                       call_.gradient_scale == nullptr;
+    const LossKernels& kernels = !same ? call_.wide ? loss_kernels_strided_f64() : loss_kernels_strided_f32()
+                                 : dtype == DType::f32  ? loss_kernels_f32()
+                                 : dtype == DType::f64  ? loss_kernels_f64()
+                                 : dtype == DType::bf16 ? loss_kernels_bf16()
+                                                        : loss_kernels_f16();
     on_chip_ = measures_ && layout.batch > 0 && layout.elements > 0 && fits_on_chip();
     const auto special = on_chip_ ? kernels.plain_on_chip : kernels.plain_split;
     kernel_ = plain && special != nullptr ? special : on_chip_ ? kernels.on_chip : kernels.split;
     name_ = on_chip_ ? "loss (on chip)" : "loss (split)";
-    if (!on_chip_) args_.chunk = kSplitChunk, args_.chunks = std::max<int64_t>(1, divide_up(layout.elements, kSplitChunk));
+    if (!on_chip_)
+      args_.chunk = kSplitChunk, args_.chunks = std::max<int64_t>(1, divide_up(layout.elements, kSplitChunk));
     const int64_t groups = divide_up(std::min(args_.chunk, layout.elements), same ? width : call_.wide ? 2 : 1);
     threads_ = static_cast<unsigned>(std::clamp<int64_t>(round_up(divide_up(groups, 2), 32), 32, kMaxThreads));
   }
@@ -256,7 +261,8 @@ class Plan {
     args_.early = mask() && call_.params.reduction == Reduction::mean && args_.batch * args_.elements > 0;
     args_.measures = measures_;
     if (on_chip_ || !measures_) return;
-    // As far ahead as it takes to keep every block busy, as long as the teacher is still in the level 2 cache when it is read again.
+    // As far ahead as it takes to keep every block busy, as long as the teacher is still in the level 2 cache when it
+    // is read again.
     const int64_t bytes = 2 * args_.elements * item_size(call_.operands[kX].dtype);
     const int64_t cached = static_cast<int64_t>(device_.level2_bytes) / 2 / std::max<int64_t>(1, bytes);
     const int64_t busy = divide_up(resident(), args_.chunks);
@@ -313,8 +319,8 @@ class Plan {
   size_t shared_ = 0;
 };
 
-// The launches of one call follow each other on their stream: another thread of the host must not come between them, as they
-// share the stream's memory.
+// The launches of one call follow each other on their stream: another thread of the host must not come between them, as
+// they share the stream's memory.
 std::mutex one_call;
 
 }  // namespace
@@ -353,7 +359,8 @@ void scale_gradient(const ScaleArguments& arguments, const Where& where) {
   const auto kernel = gradient_kernel();
   const unsigned resident = resident_blocks("scale_gradient", reinterpret_cast<const void*>(kernel), kMaxThreads, 0);
   const int64_t work = arguments.batch * divide_up(arguments.elements, kScaleChunk);
-  launch({"scale_gradient", static_cast<unsigned>(std::min<int64_t>(work, resident)), kMaxThreads, 1, 0, false, where.stream},
+  launch({"scale_gradient", static_cast<unsigned>(std::min<int64_t>(work, resident)), kMaxThreads, 1, 0, false,
+          where.stream},
          kernel, arguments, ranges);
 }
 

@@ -10,6 +10,7 @@ namespace fdistill::gpu {
 __device__ __forceinline__ int64_t offset_of(const LossArguments& args, int o, int64_t b, int64_t at) {
   int64_t offset = b * args.batch_stride[o];
   auto rest = static_cast<uint64_t>(at);  // unsigned numbers divide faster
+#pragma unroll 1
   for (int d = args.dims - 1; d > 0; --d) {
     const auto size = static_cast<uint64_t>(args.size[d]);
     const uint64_t next = rest / size;
@@ -21,7 +22,8 @@ __device__ __forceinline__ int64_t offset_of(const LossArguments& args, int o, i
 
 // ----------------------------------------------------------------------------------------------------------- elements
 
-// Operands of one dtype whose samples are dense, in one order. Groups that are not complete or not aligned go element by element.
+// Operands of one dtype whose samples are dense, in one order. Groups that are not complete or not aligned go element
+// by element.
 template <class T>
 struct Dense {
   using C = compute_t<T>;
@@ -50,6 +52,12 @@ struct Dense {
   }
   __device__ __forceinline__ Values values(const Raw& raw) const { return unpack<T>(raw); }
 
+  // What the block is going to read, while it does something else.
+  __device__ __forceinline__ void announce(int o, int64_t begin, int64_t end) const {
+    constexpr int64_t line = 128 / sizeof(T);
+    for (int64_t at = begin + thread() * line; at < end; at += threads() * line) prefetch(pointer(o, at));
+  }
+
   __device__ __forceinline__ void put(int o, int64_t at, int valid, const Values& values, C) const {
     if (args.aligned && valid == n) return store_once(reinterpret_cast<Vec16*>(pointer(o, at)), pack<T>(values));
 #pragma unroll
@@ -60,8 +68,8 @@ struct Dense {
   static constexpr bool whole_rows = true, scales_late = false;
 };
 
-// Any strides, any mixture of dtypes: element by element. In float64 with the elements of a group together, so that sums have the
-// order, and the bits, of dense operands.
+// Any strides, any mixture of dtypes: element by element. In float64 with the elements of a group together, so that
+// sums have the order, and the bits, of dense operands.
 template <class Computed>
 struct Strided {
   using C = Computed;
@@ -82,6 +90,7 @@ struct Strided {
     return values;
   }
   __device__ __forceinline__ Values values(const Raw& raw) const { return raw; }
+  __device__ __forceinline__ void announce(int, int64_t, int64_t) const {}
 
   __device__ __forceinline__ void put(int o, int64_t at, int valid, const Values& values, C float16_scale) const {
 #pragma unroll
@@ -98,7 +107,8 @@ struct Strided {
       case DType::f32: return store_element(static_cast<float*>(args.data[o]) + offset, value);
       case DType::f64: return store(static_cast<double*>(args.data[o]) + offset, static_cast<double>(value));
       case DType::bf16: return store_element(static_cast<bfloat16*>(args.data[o]) + offset, value);
-      default: return store_element(static_cast<float16*>(args.data[o]) + offset, static_cast<C>(value * float16_scale));
+      default:
+        return store_element(static_cast<float16*>(args.data[o]) + offset, static_cast<C>(value * float16_scale));
     }
   }
 };
@@ -110,7 +120,7 @@ template <class C>
 struct Rows {
   const LossArguments& args;
   int64_t b;
-  double weight;   // of the whole sample, where args has no weight
+  double weight;  // of the whole sample, where args has no weight
   double divisor;
   C a{}, c{}, k{};
   int64_t begin = 0, end = 0;  // positions for which they hold
@@ -123,6 +133,7 @@ struct Rows {
       const int64_t run = args.row_run;
       begin = position / run * run, end = begin + run;
       auto rest = static_cast<uint64_t>(position);
+#pragma unroll 1
       for (int d = args.dims - 1; d >= 0; --d) {
         const auto size = static_cast<uint64_t>(args.size[d]);
         const uint64_t next = d > 0 ? rest / size : 0;

@@ -12,7 +12,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) f_weights_kernel(FD_ARGUMENTS(
   const BlockArray<int> bins{reinterpret_cast<int*>(arguments.log_ratio + call.batch + call.n_bins)};
   const RatioStats stats = f_weights(call, weights, log_bins, bins, arguments.new_bins);
   if (arguments.weights != nullptr)
-    for (int64_t b = thread(); b < call.batch; b += threads()) put(arguments.weights, b, weights.get(b), !call.narrow());
+    for (int64_t b = thread(); b < call.batch; b += threads())
+      put(arguments.weights, b, weights.get(b), !call.narrow());
   if (thread() == 0) {
     store(&arguments.ratio->ratio_mean, stats.ratio_mean);
     store(&arguments.ratio->clipped_low, stats.clipped_low);
@@ -22,6 +23,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) f_weights_kernel(FD_ARGUMENTS(
 
 __device__ __forceinline__ int64_t mask_offset(const CountArguments& a, int64_t at) {
   int64_t offset = 0;
+#pragma unroll 1
   for (int d = a.dims - 1; d >= 0; --d) {
     offset += at % a.size[d] * a.stride[d];
     at /= a.size[d];
@@ -29,9 +31,10 @@ __device__ __forceinline__ int64_t mask_offset(const CountArguments& a, int64_t 
   return offset;
 }
 
-__global__ void __launch_bounds__(kMaxThreads) count_kernel(FD_ARGUMENTS(CountArguments) a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) count_kernel(FD_ARGUMENTS(CountArguments) a) {
   let_next_kernel_start();
-  const int64_t first = static_cast<int64_t>(block()) * threads() + thread(), step = static_cast<int64_t>(blocks()) * threads();
+  const int64_t first = static_cast<int64_t>(block()) * threads() + thread(),
+                step = static_cast<int64_t>(blocks()) * threads();
   double count[1] = {0};
   if (a.dims == 1 && a.stride[0] == 1) {  // 16 at a time, between an unaligned beginning and end
     const auto misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(a.mask) % 16);
@@ -70,13 +73,14 @@ __device__ void scale(const ScaleArguments& a, double factor, int64_t begin, int
       for (C& value : values.v) value *= by;
       store(reinterpret_cast<Vec16*>(out + at), pack<T>(values));
     } else {
-      for (int64_t i = at; i < end && i < at + kWidth; ++i) store_element(out + i, static_cast<C>(load_element(in + i) * by));
+      for (int64_t i = at; i < end && i < at + kWidth; ++i)
+        store_element(out + i, static_cast<C>(load_element(in + i) * by));
     }
   }
 }
 
 // A block to a chunk of a sample. Nothing is read where the factor is 1 and the result has its place already.
-__global__ void __launch_bounds__(kMaxThreads) scale_kernel(FD_ARGUMENTS(ScaleArguments) a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) scale_kernel(FD_ARGUMENTS(ScaleArguments) a) {
   const int64_t chunks = (a.elements + kScaleChunk - 1) / kScaleChunk;
   for (int64_t i = block(); i < a.batch * chunks; i += blocks()) {
     const int64_t b = i / chunks, first = i % chunks * kScaleChunk, last = first + kScaleChunk;

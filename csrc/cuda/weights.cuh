@@ -6,7 +6,8 @@
 
 namespace fdistill::gpu {
 
-// Numbers of a batch where every thread of the block sees them: in shared memory, or in global memory of this block alone.
+// Numbers of a batch where every thread of the block sees them: in shared memory, or in global memory of this block
+// alone.
 template <class T>
 struct BlockArray {
   T* data;
@@ -17,17 +18,18 @@ struct BlockArray {
 // The mean over the heads, rounded to float32 unless the logits are float64.
 __device__ __forceinline__ double mean_logit(const WeightCall& call, int64_t b) {
   double sum = 0;
+#pragma unroll 1
   for (int64_t k = 0; k < call.heads; ++k)
     sum += number(call.logits, call.logits_dtype, b * call.logits_stride + k * call.heads_stride);
   const double mean = sum / static_cast<double>(call.heads);
   return call.narrow() ? static_cast<double>(static_cast<float>(mean)) : mean;
 }
 
-// weights: [batch], in the end w as f_weights returns it, in float64. log_bins: [n_bins], bin_of: [batch], both with a histogram alone.
-// The new histogram is written where new_bins is not null. Ends with a barrier.
+// weights: [batch], in the end w as f_weights returns it, in float64. log_bins: [n_bins], bin_of: [batch], both with a
+// histogram alone. The new histogram is written where new_bins is not null. Ends with a barrier.
 template <class Weights, class Bins, class Indices>
-__device__ RatioStats f_weights(const WeightCall& call, const Weights& weights, const Bins& log_bins, const Indices& bin_of,
-                                float* new_bins) {
+__device__ RatioStats f_weights(const WeightCall& call, const Weights& weights, const Bins& log_bins,
+                                const Indices& bin_of, float* new_bins) {
   const WeightParams& p = call.params;
   const auto kind = static_cast<Divergence>(p.kind);
 
@@ -42,7 +44,7 @@ __device__ RatioStats f_weights(const WeightCall& call, const Weights& weights, 
       continue;
     }
     if (call.bins != nullptr) bin_of.set(b, time_bin(t, p.min_t, p.max_t, call.n_bins));
-    sums[1] += l < p.low, sums[2] += l > p.high;
+    sums[1] += l<p.low, sums[2] += l> p.high;
     l = l < p.low ? p.low : l > p.high ? p.high : l;
     weights.set(b, l);
     sums[0] += bounded_ratio(l);

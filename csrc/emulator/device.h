@@ -1,4 +1,5 @@
-// The functions of cuda/device.h for the host compiler. What the running thread is allowed to do is decided in emulator.cpp.
+// The functions of cuda/device.h for the host compiler. What the running thread is allowed to do is decided in
+// emulator.cpp.
 #pragma once
 
 #include <cstddef>
@@ -47,6 +48,8 @@ T shuffle_xor(T value, int lanes, Site site = Site::current()) {
 // ------------------------------------------------------------------------------------------------------ global memory
 
 void check_global(const void* p, size_t bytes, size_t alignment, bool writes);
+
+void prefetch(const void* p);
 
 template <class T>
 T load(const T* p) {

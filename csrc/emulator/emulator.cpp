@@ -88,7 +88,8 @@ class Stacks {
   }
   unsigned char* get() {
     if (next_ == stacks_.size()) {
-      void* stack = mmap(nullptr, Fiber::kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* stack =
+          mmap(nullptr, Fiber::kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (stack == MAP_FAILED) throw std::bad_alloc();
       stacks_.push_back(static_cast<unsigned char*>(stack));
     }
@@ -150,7 +151,8 @@ class Machine {
 
   // In a fiber: stops the launch. Nobody resumes the others.
   [[noreturn]] void stop(const std::string& what) {
-    error_ = "block " + std::to_string(current->block->index) + ", thread " + std::to_string(current->index) + ": " + what;
+    error_ =
+        "block " + std::to_string(current->block->index) + ", thread " + std::to_string(current->index) + ": " + what;
     current->fiber.suspend();
     __builtin_unreachable();
   }
@@ -209,6 +211,10 @@ class Machine {
     else if (bytes == 16 || first_read(begin))
       traffic().loaded += static_cast<int64_t>(bytes);
     if (begin % alignment != 0) stop("misaligned access of " + std::to_string(bytes) + " bytes of global memory");
+    check_memory(begin, bytes, writes);
+  }
+
+  void check_memory(uintptr_t begin, size_t bytes, bool writes) {
     if (last_ < ranges_.size() && holds(ranges_[last_], begin, bytes, writes)) return;
     for (last_ = 0; last_ < ranges_.size(); ++last_)
       if (holds(ranges_[last_], begin, bytes, writes)) return;
@@ -217,12 +223,13 @@ class Machine {
   }
 
   unsigned char* check_shared(unsigned rank, int64_t offset, size_t bytes, bool writes) {
-    if (rank >= grid_.cluster) stop("shared memory of block " + std::to_string(rank) + " of a cluster of " + std::to_string(grid_.cluster));
+    if (rank >= grid_.cluster)
+      stop("shared memory of block " + std::to_string(rank) + " of a cluster of " + std::to_string(grid_.cluster));
     Block& block = current->block->cluster->blocks[rank];
     if (block.running == 0) stop("shared memory of a block that has ended");
     if (offset < 0 || offset + bytes > grid_.shared)
-      stop((writes ? "write to" : "read of") + std::string(" shared memory outside of the block's: byte ") + std::to_string(offset) +
-           " of " + std::to_string(grid_.shared));
+      stop((writes ? "write to" : "read of") + std::string(" shared memory outside of the block's: byte ") +
+           std::to_string(offset) + " of " + std::to_string(grid_.shared));
     if (offset % static_cast<int64_t>(std::min<size_t>(bytes, 16)) != 0) stop("misaligned access of shared memory");
     const unsigned who = current->block->rank * grid_.threads + current->index;
     for (int64_t at = offset; at < offset + static_cast<int64_t>(bytes); at += 4 - at % 4) {
@@ -232,7 +239,8 @@ class Machine {
       const bool written_now = word.writer != Word::kNobody && word.written == now && word.writer != who;
       const bool read_now = word.reader != Word::kNobody && word.read == now && word.reader != who;
       if (writes) {
-        if (written_now || read_now) stop("race: shared memory written that another thread uses before the next barrier");
+        if (written_now || read_now)
+          stop("race: shared memory written that another thread uses before the next barrier");
         word.writer = who, word.written = now, word.valid |= others;
       } else {
         if ((word.valid & others) != others) stop("uninitialised shared memory: byte " + std::to_string(at));
@@ -244,7 +252,8 @@ class Machine {
   }
 
  private:
-  // False for a number that the block has read before, as far as it remembers: all lanes of a warp get it from one access.
+  // False for a number that the block has read before, as far as it remembers: all lanes of a warp get it from one
+  // access.
   bool first_read(uintptr_t address) {
     uintptr_t& known = current->block->numbers[address / 2 * 0x9e3779b97f4a7c15u >> 54];
     if (known == address) return false;
@@ -299,7 +308,8 @@ class Machine {
   template <class Release>
   void wait(Barrier& barrier, unsigned all, const Site& site, const char* what, Release&& release) {
     if (barrier.arrived > 0 && !same(barrier.site, site))
-      stop(std::string("divergent ") + what + ": " + described(site) + " while others wait at " + described(barrier.site));
+      stop(std::string("divergent ") + what + ": " + described(site) + " while others wait at " +
+           described(barrier.site));
     barrier.site = site;
     if (++barrier.arrived < all) {
       current->fiber.suspend();
@@ -351,10 +361,14 @@ Traffic& traffic() {
 }
 
 void run(const Grid& grid, const Ranges& ranges, const std::function<void()>& body) {
-  const auto refuse = [&](const std::string& why) { throw std::runtime_error(std::string(grid.name) + " (emulated): " + why); };
+  const auto refuse = [&](const std::string& why) {
+    throw std::runtime_error(std::string(grid.name) + " (emulated): " + why);
+  };
   if (grid.threads == 0 || grid.threads > 1024) refuse(std::to_string(grid.threads) + " threads");
-  if (grid.blocks == 0 || grid.blocks > 0x7fffffffu || grid.blocks % grid.cluster != 0) refuse("blocks that do not make up clusters");
-  if (grid.cluster > static_cast<unsigned>(settings().max_cluster)) refuse("a cluster of " + std::to_string(grid.cluster));
+  if (grid.blocks == 0 || grid.blocks > 0x7fffffffu || grid.blocks % grid.cluster != 0)
+    refuse("blocks that do not make up clusters");
+  if (grid.cluster > static_cast<unsigned>(settings().max_cluster))
+    refuse("a cluster of " + std::to_string(grid.cluster));
   if (grid.shared > settings().shared_bytes) refuse(std::to_string(grid.shared) + " bytes of shared memory");
   const std::lock_guard lock(one_launch);
   ++traffic().launches;
@@ -391,6 +405,8 @@ void check_global(const void* p, size_t bytes, size_t alignment, bool writes) {
   machine->check_global(p, bytes, alignment, writes);
 }
 
+void prefetch(const void* p) { machine->check_memory(reinterpret_cast<uintptr_t>(p), 1, false); }
+
 void wait_until_set(const unsigned* p) {
   while (load(p) == 0) machine->poll();
 }
@@ -403,7 +419,8 @@ void shared_index_error(int64_t i, int64_t count) {
   machine->stop("element " + std::to_string(i) + " of " + std::to_string(count) + " in shared memory");
 }
 
-// ------------------------------------------------------------------------------------------------------ the host's side
+// ------------------------------------------------------------------------------------------------------ the host's
+// side
 
 namespace {
 Device emulated;
@@ -411,7 +428,7 @@ Device emulated;
 
 OnDevice::OnDevice(int device) : device_(device), before_(device) {
   const emulator::Settings& now = emulator::settings();
-  emulated = {now.processors, now.max_cluster, now.shared_bytes, now.level2_bytes};
+  emulated = {now.processors, now.max_cluster, now.shared_bytes, now.level2_bytes, false};
 }
 OnDevice::~OnDevice() = default;
 const Device& OnDevice::properties() const { return emulated; }

@@ -1,7 +1,7 @@
-// Runs kernels on the CPU: every thread of a block is a fiber, so that blocks interleave and one that waits for another lets it run.
-// What a sanitizer would find stops the launch with an error: accesses outside of the memory a launch was given or of
-// the shared memory, reads of shared memory that nobody wrote, writes there that race with another thread's access, barriers that
-// not every thread reaches, waits that never end. Tests only.
+// Runs kernels on the CPU: every thread of a block is a fiber, so that blocks interleave and one that waits for another
+// lets it run. What a sanitizer would find stops the launch with an error: accesses outside of the memory a launch was
+// given or of the shared memory, reads of shared memory that nobody wrote, writes there that race with another thread's
+// access, barriers that not every thread reaches, waits that never end. Tests only.
 #pragma once
 
 #include <cstddef>
@@ -47,8 +47,8 @@ struct Settings {
 };
 Settings& settings();
 
-// What the launches since the last reset moved through global memory: bytes, of which a number that several threads of a block read
-// counts once.
+// What the launches since the last reset moved through global memory: bytes, of which a number that several threads of
+// a block read counts once.
 struct Traffic {
   int64_t launches = 0, loaded = 0, stored = 0;
 };

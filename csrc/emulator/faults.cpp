@@ -123,7 +123,8 @@ std::vector<float> run_fault(const char* name) {
   ranges.write(&flag, sizeof(flag));
   for (const Fault& fault : kFaults) {
     if (std::string(fault.name) != name) continue;
-    gpu::launch({fault.name, fault.cluster, 64, fault.cluster, 256}, fault.kernel, Arguments{in.data(), out.data(), &flag}, ranges);
+    gpu::launch({fault.name, fault.cluster, 64, fault.cluster, 256}, fault.kernel,
+                Arguments{in.data(), out.data(), &flag}, ranges);
     return out;
   }
   throw std::invalid_argument(std::string("no fault ") + name);

@@ -58,9 +58,13 @@ void Fiber::suspend() { fdistill_switch_stack(&own_, caller_); }
 #else
 
 namespace {
-void enter(unsigned entry_low, unsigned entry_high, unsigned argument_low, unsigned argument_high) {  // makecontext passes ints
-  const auto join = [](unsigned low, unsigned high) { return static_cast<uintptr_t>(low) | static_cast<uintptr_t>(high) << 32; };
-  reinterpret_cast<void (*)(void*)>(join(entry_low, entry_high))(reinterpret_cast<void*>(join(argument_low, argument_high)));
+void enter(unsigned entry_low, unsigned entry_high, unsigned argument_low,
+           unsigned argument_high) {  // makecontext passes ints
+  const auto join = [](unsigned low, unsigned high) {
+    return static_cast<uintptr_t>(low) | static_cast<uintptr_t>(high) << 32;
+  };
+  reinterpret_cast<void (*)(void*)>(join(entry_low, entry_high))(
+      reinterpret_cast<void*>(join(argument_low, argument_high)));
 }
 }  // namespace
 

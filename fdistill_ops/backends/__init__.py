@@ -22,7 +22,7 @@ import torch
 from .. import _native
 
 NAMES = ("reference", "cpu", "cuda", "triton")
-_EMULATED = "cuda-emulated"  # tests alone: known where it was built
+_EMULATED = "cuda-emulated"  # tests alone: set_backend knows it where it was built
 _DEFAULT = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the first that can
 _environment = os.environ.get("FDISTILL_BACKEND") or None
 _override: str | None = None
@@ -45,6 +45,11 @@ def _why_not_cuda() -> str | None:
     reason = _native.cuda_reason()
     if reason is None and not torch.cuda.is_available():
         reason = "PyTorch finds no GPU"
+    if reason is None:
+        capability = torch.cuda.get_device_capability()
+        archs = [divmod(int(arch.rstrip("af")), 10) for arch in _native.cuda_archs()]
+        if not any(arch[0] == capability[0] and arch <= capability for arch in archs) and capability < archs[-1]:
+            reason = f"it was not built for a GPU of compute capability {capability[0]}.{capability[1]}"
     return None if reason is None else f"the back end 'cuda' is not available: {reason}"
 
 
@@ -76,7 +81,7 @@ def _serves(name: str, device_type: str) -> bool:
 
 def available_backends() -> tuple[str, ...]:
     """Names of the back ends that can run here. :func:`build_info` says why another cannot."""
-    return tuple(name for name in _names() if _why_not(name) is None)
+    return tuple(name for name in NAMES if _why_not(name) is None)
 
 
 def unavailable_backends() -> dict[str, str]:
@@ -86,7 +91,7 @@ def unavailable_backends() -> dict[str, str]:
 
 def set_backend(name: str | None) -> None:
     """Makes every call use that back end. None restores the environment variable FDISTILL_BACKEND or, without one,
-    the default (cpu for CPU tensors; for CUDA tensors cuda, else triton).
+    the default (cpu for CPU tensors; cuda for CUDA tensors where it was built for that GPU, else triton).
 
     Raises:
         ValueError: unknown name.
@@ -185,4 +190,7 @@ def kernels(device: torch.device) -> Any:
 
 def empty_cache() -> int:
     """Gives the memory that finished gradients left for the next ones back to the system. Returns its bytes."""
+    for found in _loaded.values():
+        if hasattr(found, "empty_cache"):  # what a GPU's kernels keep on their streams: little, and not counted
+            found.empty_cache()
     return _native.module().pool_trim() if _native.module() is not None else 0
