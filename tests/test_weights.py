@@ -426,3 +426,13 @@ def test_module(backend: Backend) -> None:
     loss = module(x, teacher, fake, logits, t, reduction="sample")
     assert loss.shape == (4,)
     assert torch.equal(kept, histogram.bins)
+
+
+@pytest.mark.parametrize("stored", [-1.0, -math.inf, math.inf, math.nan])
+def test_a_stored_bin_that_cannot_be_counts_as_never_filled(backend: Backend, stored: float) -> None:
+    found = []
+    for value in (stored, 1.0):
+        histogram = fd.RatioHistogram(0.0, 1.0, backend.tensor([value] * 3), ema_rate=0.5)
+        weights = fd.f_weights(backend.randn(4), backend.tensor([0.1, 0.2, 0.9, 0.9]), histogram=histogram)
+        found.append(torch.cat([weights, histogram.bins]))
+    assert torch.equal(*found)
