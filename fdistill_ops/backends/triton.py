@@ -294,10 +294,10 @@ def _sample_program(N: int, dtype: torch.dtype, heavy: bool, rows: bool) -> Prog
     return Program(block, threads, 128 if threads > 256 or dtype is torch.float32 else 255)
 
 
-def _chunk_program(itemsize: int, dtype: torch.dtype, heavy: bool) -> Program:
+def _chunk_program(itemsize: int, dtype: torch.dtype, heavy: bool, rows: bool) -> Program:
     """The program that works on a part of a sample."""
     block = _CHUNK_BYTES // max(itemsize, 2 if dtype is torch.float32 else 8)
-    return Program(block // 2 if heavy else block, 256)
+    return Program(block // 2 if heavy else block, 256, 168 if rows else 128)
 
 
 def _loss(
@@ -399,7 +399,7 @@ def _loss(
             BLOCK=program.block,
         )
     else:
-        program = _chunk_program(x.itemsize, dtype, heavy)
+        program = _chunk_program(x.itemsize, dtype, heavy, rows)
         steps = triton.cdiv(triton.cdiv(N, program.block), _PARTS)
         chunks = triton.cdiv(N, program.block * steps)
         read_twice = (
