@@ -323,6 +323,22 @@ def check_statistics(arguments: dict[str, Any]) -> dict[str, float]:
     return fields
 
 
+@pytest.mark.parametrize("heads", [2, 2000])
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
+def test_statistics_of_weights_that_are_not_finite(backend: Backend, nonfinite: str, heads: int) -> None:
+    """Left out, or zeros that count; whether the loss's kernel makes the weights or one before it."""
+    inputs = [backend.randn(3, 5, seed=seed) for seed in range(3)]
+    logits = backend.randn(3, heads, seed=4)
+    logits[1, 1] = math.nan
+    found = [
+        loss(*inputs, logits, nonfinite=nonfinite, return_stats=True)[1].to_dict()
+        for loss in (fd.f_distill_loss, fd.reference.f_distill_loss)
+    ]
+    for name in ("weight_min", "weight_mean", "weight_max", "effective_sample_size", "nonfinite"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=4e-6), name
+    assert (found[0]["weight_min"] == 0.0) is (nonfinite == "zero")
+
+
 def test_statistics_of_an_ignored_mask_and_of_nothing_finite(backend: Backend) -> None:
     arguments = batch(backend, 2, 5)
     mask = torch.zeros(2, 5, dtype=torch.bool, device=backend.device)

@@ -128,6 +128,26 @@ def test_score_identity_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
         check_identity(found | {"mask": mask, "weight": randn(LARGE[0], seed=4).abs()}, alpha=1.2)
 
 
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sample"])
+def test_float16_gradients_fill_their_range(reduction: str, parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved times a power of two that brings the sample's largest element on the mask into [2^14, 2^15)."""
+    found = arguments(LARGE, torch.float16)
+    found["fake"] += torch.tensor([1.0, 30.0, 900.0], device=DEVICE)[:, None, None, None]
+    mask = randn(*LARGE, seed=6) > 0
+    found["fake"].masked_fill_(~mask, 6e4)
+    more: dict[str, Any] = {"mask": mask, "weight": torch.tensor([1e-6, 1.0, 1e-3], device=DEVICE)}
+    with in_parts(monkeypatch) if parts else contextlib.nullcontext():
+        loss = fd.distribution_matching_loss(**found, **more, reduction=reduction)
+        for tensor in found.values():
+            tensor.requires_grad_()
+        identity = fd.score_identity_loss(**found, **more, reduction=reduction)
+    for node in (loss.grad_fn, identity.grad_fn):
+        _, *gradients = node.saved_tensors
+        most = torch.stack([gradient.float().abs().amax((1, 2, 3)) for gradient in gradients]).amax(0)
+        assert bool(((most >= 2.0**14) & (most <= 2.0**15)).all()), most
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parts_and_whole_samples_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss, gradient and statistics of f_distill_loss, histogram included."""

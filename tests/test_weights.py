@@ -426,3 +426,23 @@ def test_module(backend: Backend) -> None:
     loss = module(x, teacher, fake, logits, t, reduction="sample")
     assert loss.shape == (4,)
     assert torch.equal(kept, histogram.bins)
+
+
+@pytest.mark.parametrize("stored", [-1.0, -math.inf, math.inf, math.nan])
+def test_a_stored_bin_that_cannot_be_counts_as_never_filled(backend: Backend, stored: float) -> None:
+    found = []
+    for value in (stored, 1.0):
+        histogram = fd.RatioHistogram(0.0, 1.0, backend.tensor([value] * 3), ema_rate=0.5)
+        weights = fd.f_weights(backend.randn(4), backend.tensor([0.1, 0.2, 0.9, 0.9]), histogram=histogram)
+        found.append(torch.cat([weights, histogram.bins]))
+    assert torch.equal(*found)
+
+
+def test_weights_are_rounded_the_same_in_both_functions(backend: Backend) -> None:
+    """To the type of the logits' arithmetic, also beside float64 samples."""
+    inputs = [backend.randn(3, 5, dtype=torch.float64, seed=seed) for seed in range(3)]
+    logits = backend.randn(3, 2)
+    weights = fd.f_weights(logits)
+    assert weights.dtype is torch.float32
+    one, other = fd.f_distill_loss(*inputs, logits), fd.distribution_matching_loss(*inputs, weight=weights)
+    torch.testing.assert_close(one, other, rtol=1e-14, atol=0.0)

@@ -297,7 +297,7 @@ def _sample_program(N: int, dtype: torch.dtype, heavy: bool, rows: bool) -> Prog
 def _chunk_program(itemsize: int, dtype: torch.dtype, heavy: bool, rows: bool) -> Program:
     """The program that works on a part of a sample."""
     block = _CHUNK_BYTES // max(itemsize, 2 if dtype is torch.float32 else 8)
-    return Program(block // 2 if heavy else block, 256, 255 if rows else 128)
+    return Program(block // 2 if heavy else block, 256, 168 if rows else 128)
 
 
 def _loss(
