@@ -45,14 +45,17 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile(config.getoption("--hypothesis-profile", None) or "ci")
 
 
+_settings: dict[Any, hypothesis.settings] = {}
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Fewer examples where GPU kernels run on the CPU."""
     test = getattr(item, "obj", None)
-    if not hasattr(test, "_hypothesis_internal_use_settings"):
+    found = getattr(test, "_hypothesis_internal_use_settings", None)
+    if test is None or found is None:
         return
-    settings = hypothesis.settings()
-    parameters = getattr(getattr(item, "callspec", None), "params", {})
-    if parameters.get("backend") in EMULATED:
+    settings = _settings.setdefault(test, found)
+    if getattr(item, "callspec", None) is not None and item.callspec.params.get("backend") in EMULATED:
         settings = hypothesis.settings(settings, max_examples=settings.max_examples // 5)
     test._hypothesis_internal_use_settings = settings
 

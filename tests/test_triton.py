@@ -419,6 +419,33 @@ def test_offsets_beyond_32_bits() -> None:
     assert torch.equal(target, fd.score_difference(near, **others))
 
 
+def test_empty_batches_of_many_dimensions() -> None:
+    """Their strides may be any."""
+    x = torch.empty_strided((0, 2, 2, 2, 2), (1, 2, 9, 5, 7), device=DEVICE, requires_grad=True)
+    others = [torch.empty_strided(x.shape, stride, device=DEVICE) for stride in ((16, 1, 2, 4, 8), (1, 7, 3, 9, 2))]
+    loss = fd.f_distill_loss(x, *others, torch.empty(0, device=DEVICE))
+    loss.backward()
+    assert loss == 0 and x.grad.shape == x.shape
+
+
+def test_coefficients_of_empty_samples_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no memory."""
+    seen = []
+    launch = backend().launch
+
+    def record(kernel: Any, grid: int, device: Any, program: Any, inputs: Any, *rest: Any, **constants: Any) -> None:
+        seen.append(inputs[6:9])
+        launch(kernel, grid, device, program, inputs, *rest, **constants)
+
+    monkeypatch.setattr(backend(), "launch", record)
+    found = arguments((3, 0, 4))
+    rows = {"weight": torch.ones(3, 0), "alpha": torch.ones(3, 0), "sigma": torch.ones(3)}
+    rows = {name: tensor.to(DEVICE) for name, tensor in rows.items()}
+    loss = fd.distribution_matching_loss(**found, **rows, prediction="v", x_t=torch.empty_like(found["teacher"]))
+    assert loss == 0
+    assert seen[0][0] is None and seen[0][1] is None and seen[0][2] is not None
+
+
 @pytest.mark.parametrize("parts", [False, True])
 def test_layouts_of_many_dimensions(parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the kernels describe: copies are made, of operands, coefficients and results alike."""

@@ -24,7 +24,7 @@ def plan(shape: tuple[int, ...], leader: Strides, operands: tuple[Strides | None
     ``n_rows`` operands are rows, with a stride for each leading dimension they have."""
     n_operands = len(operands)
     merged: list[tuple[int, tuple[int, ...]]] = []
-    empty = 0 in shape[1:]  # where there are no elements, any layout does
+    empty = 0 in shape  # where there are no elements, any layout does
     for d in sorted(range(1, len(shape)), key=lambda d: -leader[d]):
         if shape[d] == 1 or empty:
             continue

@@ -335,7 +335,8 @@ def _loss(
     ]
 
     def operands(weight: Tensor | None) -> _Operands:
-        return _operands(x, elementwise, [weight, alpha, sigma], [guidance, normalizer], targets)
+        rows = [row if row is None or row.numel() > 0 else None for row in (weight, alpha, sigma)]  # of empty samples
+        return _operands(x, elementwise, rows, [guidance, normalizer], targets)
 
     found = operands(weight)
     rows = found.rows_within_samples
