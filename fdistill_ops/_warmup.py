@@ -17,7 +17,7 @@ def warmup(
     shapes: Iterable[Sequence[int]],
     dtypes: Iterable[torch.dtype] = (torch.float32,),
     *,
-    device: torch.device | str = "cuda",
+    device: torch.device | str | None = None,
     divergence: str | Divergence = "js",
     heads: int = 1,
     bins: int | None = 10,
@@ -39,7 +39,7 @@ def warmup(
     Args:
         shapes: of x, [B, ...]; B does not matter.
         dtypes: of x, teacher and fake.
-        device: where the training will run.
+        device: where the training will run; None: the current GPU, where there is one, else the CPU.
         divergence, normalize, normalizer, reduction, nonfinite, prediction, return_stats: as the loss will be called.
         heads: K of logits [B, K], float32; 1 for [B].
         bins: of the RatioHistogram (t is float32); None for none.
@@ -49,7 +49,7 @@ def warmup(
         TypeError, ValueError: naming the argument that is wrong.
         RuntimeError: no back end serves the device.
     """
-    device = torch.device(device)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     shapes, dtypes = [tuple(shape) for shape in shapes], list(dtypes)
     for shape in shapes:
         if not shape or not all(isinstance(size, int) and size >= 0 for size in shape):

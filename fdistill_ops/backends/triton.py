@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
 from triton import language as tl
 
 from .._checks import OptionalTensors, compute_dtype
@@ -39,7 +38,6 @@ from ._shared import batched, histogram_buffers, in_dtype_of, is_dense, plain, s
 
 name = "triton"
 
-INTERPRETED: bool = knobs.runtime.interpret
 MAX_BINS = 1024
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _PREDICTIONS, _REDUCTIONS = tuple(PREDICTIONS), tuple(REDUCTIONS)
