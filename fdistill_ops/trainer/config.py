@@ -21,7 +21,11 @@ class Config:
     seed: int = 0
     threads: int = 1  # networks this small gain little from a second one, and lose all of it when the cores are shared
     device: str = "cpu"
-    batch_size: int = 128
+    batch_size: int = 128  # of all ranks together
+    precision: str = "float32"  # of the networks, by autocast; "bfloat16", or "float16" with a GradScaler
+    compile: bool = False  # torch.compile of the distillation's losses
+    cuda_graph: bool = False  # the student's update is captured
+    checkpoint_every: int = 500  # steps
     ema: float = 0.98  # of the parameters, in every training
 
     width: int = 192
@@ -41,6 +45,8 @@ class Config:
     sigma_max: float = 20.0  # of the sampler, of the distillation, and of the noise that the student starts from
 
     distill_steps: int = 800
+    student_steps: int = 1  # of the student's sampler
+    guidance: float = 1.0  # scale of the teacher's classifier-free guidance; 1 is none
     fake_updates: int = 2  # updates of the fake score and the discriminator per update of the student
     student_lr: float = 1e-3
     fake_lr: float = 1e-3
@@ -55,11 +61,16 @@ class Config:
     weight_samples: int = 4096
     log_every: int = 20
 
-    def key(self, *names: str) -> str:
-        """A hash of the named settings, and of what else decides every bit of a trained network."""
-        always = {"format": 1, "torch": torch.__version__}
-        named = {name: getattr(self, name) for name in ("seed", "threads", "device", *names)}
-        return hashlib.sha256(json.dumps(always | named, sort_keys=True).encode()).hexdigest()[:16]
+    @property
+    def label_dropout(self) -> float:
+        """How many of the teacher's training images have no class."""
+        return 0.0 if self.guidance == 1 else 0.1
+
+    def key(self, *names: str, **more: Any) -> str:
+        """A hash of the named settings, of ``more``, and of what else decides every bit of a trained network."""
+        always = {"format": 2, "torch": torch.__version__, "device": torch.device(self.device).type}
+        named = {name: getattr(self, name) for name in ("seed", "threads", "precision", *names)}
+        return hashlib.sha256(json.dumps(always | named | more, sort_keys=True).encode()).hexdigest()[:16]
 
     def settings(self) -> dict[str, Any]:
         """What a report repeats: everything but the paths."""

@@ -1,34 +1,79 @@
 """The distillation: f-distill (arXiv 2502.15681, Algorithm 1) on DMD2's recipe (arXiv 2405.14867).
 
-Networks: the one-step student, the fake score (which follows the student's samples) and the discriminator head on the
-frozen teacher's features. One step is ``fake_updates`` updates of the last two, then one of the student, whose loss is
-the f-distill loss plus ``gan_weight`` times the GAN loss.
+Networks: the student, the fake score (which follows the student's samples) and the discriminator head on the frozen
+teacher's features. One step is ``fake_updates`` updates of the last two, then one of the student, whose loss is the
+f-distill loss plus ``gan_weight`` times the GAN loss.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fdistill_ops as fd
 
-from . import edm
+from ..stats import FIELDS
+from . import edm, ranks
+from .capture import CapturedUpdate
 from .config import Config
 from .data import Data
-from .files import Log, Record
+from .files import Record
 from .networks import Denoiser, DiscriminatorHead
-from .training import Optimizer, Progress, batch, follow, initialised, random_numbers
+from .training import Optimizer, Training, autocast, batch, follow, initialised, random_numbers
 
 
-def one_step(student: Denoiser, noise: Tensor, labels: Tensor, sigma_max: float) -> Tensor:
-    """The student's samples from unit noise [B, ...]: the denoiser's answer to pure noise."""
-    return student(sigma_max * noise, noise.new_full((len(noise),), sigma_max), labels)
+class Draws(NamedTuple):
+    """The random inputs of one update, this rank's part of the batch.
+
+    Attributes:
+        real, labels: training images [B, ...] and their classes [B], which the student is asked for.
+        sigma: [B], noise levels at which student and teacher are compared.
+        start: [B, student_steps, ...], unit noise for the student's steps.
+        noise, real_noise: [B, ...], unit noise on the student's samples, on the training images.
+    """
+
+    real: Tensor
+    labels: Tensor
+    sigma: Tensor
+    start: Tensor
+    noise: Tensor
+    real_noise: Tensor
 
 
-class Distillation:
+def student_levels(config: Config) -> list[float]:
+    """The noise levels of the student's steps, from sigma_max: evenly on EDM's schedule."""
+    u = torch.arange(config.student_steps, dtype=torch.float64) / config.student_steps
+    return edm.karras_sigma(u, config.sigma_min, config.sigma_max).tolist()
+
+
+def generate(student: nn.Module, noise: Tensor, labels: Tensor, levels: list[float]) -> Tensor:
+    """The student's samples from unit noise [B, steps, ...]: at each level its last answer is noised again and denoised
+    at once. Gradients are those of the last step, as in DMD2's backward simulation (section 4.5)."""
+    x = torch.zeros_like(noise[:, 0])
+    for k, level in enumerate(levels):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and k + 1 == len(levels)):
+            x = student(x + level * noise[:, k], noise.new_full((len(x),), level), labels)
+    return x
+
+
+def guided(teacher: Denoiser, config: Config) -> edm.Denoise:
+    """The teacher with classifier-free guidance (arXiv 2207.12598): uncond + s (cond - uncond)."""
+    if config.guidance == 1:
+        return teacher
+
+    def denoise(x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        without = teacher(x, sigma, torch.full_like(labels, teacher.no_class))
+        return without + config.guidance * (teacher(x, sigma, labels) - without)
+
+    return denoise
+
+
+class Distillation(Training):
     """The networks, their optimizers and the two updates.
 
     Attributes:
@@ -36,10 +81,12 @@ class Distillation:
     """
 
     def __init__(self, teacher: Denoiser, config: Config, data: Data, divergence: str) -> None:
-        self.config, self.data, self.divergence = config, data, divergence
+        super().__init__(config, data)
+        self.stage, self.steps = divergence, config.distill_steps
         self.gen = random_numbers(config, "distillation")
+        self.levels = student_levels(config)
         self.teacher = copy.deepcopy(teacher).requires_grad_(False)
-        self.student, self.fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
+        self.student, self.fake = (copy.deepcopy(teacher).requires_grad_() for _ in range(2))
         self.average = copy.deepcopy(self.teacher)
         self.head = initialised(config, lambda: DiscriminatorHead(config.width, config.depth))
         # The time of the ratio histogram is log(sigma).
@@ -52,74 +99,122 @@ class Distillation:
         self.loss = fd.FDistillLoss(divergence, histogram=histogram).to(config.device)
         # No momentum: the three chase each other.
         steps, betas = config.distill_steps, (0.0, 0.99)
-        self.student_optimizer = Optimizer(self.student, config.student_lr, steps, betas)
-        self.fake_optimizer = Optimizer(self.fake, config.fake_lr, steps, betas)
-        self.head_optimizer = Optimizer(self.head, config.discriminator_lr, steps, betas)
+        critics = [(self.fake, config.fake_lr), (self.head, config.discriminator_lr)]
+        self.student_optimizer = Optimizer([(self.student, config.student_lr)], steps, betas, config)
+        self.critics_optimizer = Optimizer(critics, steps, betas, config)
+        names = ("student", "fake", "head", "average", "loss", "student_optimizer", "critics_optimizer")
+        self.parts = {name: getattr(self, name) for name in names}
+        # The same modules; over several ranks they average their gradients.
+        self.trained_student, self.trained_fake, self.trained_head = map(
+            ranks.parallel, (self.student, self.fake, self.head)
+        )
+        self.compute_critics: Callable[..., Any] = self.critic_losses
+        self.compute_student: Callable[..., Any] = self.student_losses
+        if config.compile:
+            self.compute_critics = torch.compile(self.critic_losses, fullgraph=ranks.world() == 1)
+            self.compute_student = torch.compile(self.student_losses, fullgraph=ranks.world() == 1)
+        if config.cuda_graph:
+            self.apply_student = CapturedUpdate(self.apply_student)  # type: ignore[method-assign,assignment]
 
-    def generate(self, student: Denoiser, labels: Tensor) -> Tensor:
-        noise = edm.normal((len(labels), *student.shape), self.gen)
-        return one_step(student, noise, labels, self.config.sigma_max)
+    def draw(self) -> Draws:
+        """The random inputs of the next update. All ranks draw those of the whole batch, and keep their part."""
+        config, shape = self.config, self.teacher.shape
+        real, labels = batch(self.data, config.batch_size, self.gen)
+        # Uniform on EDM's schedule.
+        u = torch.rand(len(labels), generator=self.gen, device=self.gen.device)
+        sigma = edm.karras_sigma(u, config.distill_sigma_min, config.sigma_max)
+        start = edm.normal((len(labels), config.student_steps, *shape), self.gen)
+        noise, real_noise = (edm.normal(real.shape, self.gen) for _ in range(2))
+        return Draws(*map(ranks.mine, (real, labels, sigma, start, noise, real_noise)))
 
-    def noise_levels(self, count: int) -> Tensor:
-        """Noise levels at which student and teacher are compared: uniform on EDM's schedule."""
-        u = torch.rand(count, generator=self.gen, device=self.gen.device)
-        return edm.karras_sigma(u, self.config.distill_sigma_min, self.config.sigma_max)
-
-    def update_critics(self, step: int) -> dict[str, Tensor]:
+    def critic_losses(self, draws: Draws, steps: int) -> tuple[Tensor, Tensor]:
         """The fake score learns to denoise the student's samples; the discriminator tells them from data at the same
         noise level and class, so that its logit is log(real/generated)."""
-        real, labels = batch(self.data, self.config.batch_size, self.gen)
-        sigma = self.noise_levels(len(labels))
-        with torch.no_grad():
-            x = self.generate(self.student, labels)
-            x_t, real_t = edm.add_noise(x, sigma, self.gen), edm.add_noise(real, sigma, self.gen)
-            _, real_features = self.teacher.with_features(real_t, sigma, labels)
-            _, features = self.teacher.with_features(x_t, sigma, labels)
-        fake_loss = edm.denoising_loss(self.fake(x_t, sigma, labels), x, sigma, self.data.sigma_data)
-        self.fake_optimizer.update(fake_loss, step)
-        discriminator_loss = fd.gan_discriminator_loss(self.head(real_features), self.head(features))
-        self.head_optimizer.update(discriminator_loss, step)
+        sigma, labels = draws.sigma, draws.labels
+        with autocast(self.config):
+            with torch.no_grad():
+                x = generate(self.student, draws.start, labels, self.levels[:steps])
+                x_t, real_t = (
+                    x0 + edm.rows(sigma, x) * noise for x0, noise in ((x, draws.noise), (draws.real, draws.real_noise))
+                )
+                _, real_features = self.teacher.with_features(real_t, sigma, labels)
+                _, features = self.teacher.with_features(x_t, sigma, labels)
+            fake_loss = edm.denoising_loss(self.trained_fake(x_t, sigma, labels), x, sigma, self.data.sigma_data)
+            real_logits, logits = self.trained_head(torch.cat([real_features, features])).chunk(2)
+        return fake_loss, fd.gan_discriminator_loss(real_logits, logits)
+
+    def student_losses(self, draws: Draws, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted score difference at noised samples, and the GAN loss through the teacher's features.
+
+        Returns:
+            f-distill loss, GAN loss, statistics of the first (LossStats.vector).
+        """
+        sigma, labels = draws.sigma, draws.labels
+        with autocast(self.config):
+            x = generate(self.trained_student, draws.start, labels, self.levels[:steps])
+            x_t = x + edm.rows(sigma, x) * draws.noise
+            teacher, features = self.teacher.with_features(x_t, sigma, labels)
+            guidance: dict[str, Any] = {}
+            with torch.no_grad():
+                fake = self.fake(x_t, sigma, labels)
+                if self.config.guidance != 1:
+                    without = self.teacher(x_t, sigma, torch.full_like(labels, self.teacher.no_class))
+                    guidance = {"teacher_uncond": without, "guidance_scale": self.config.guidance}
+            logits = self.head(features)
+        loss, stats = self.loss(x, teacher, fake, logits, sigma.log(), return_stats=True, **guidance)
+        return loss, fd.gan_generator_loss(logits), stats.vector
+
+    def apply_student(self, draws: Draws, steps: int) -> tuple[Tensor, Tensor]:
+        loss, gan_loss, stats = self.compute_student(draws, steps)
+        self.student_optimizer.update(loss + self.config.gan_weight * gan_loss)
+        return gan_loss, stats
+
+    def update_critics(self, step: int, steps: int) -> dict[str, Tensor]:
+        fake_loss, discriminator_loss = self.compute_critics(self.draw(), steps)
+        self.critics_optimizer.schedule(step)
+        self.critics_optimizer.update(fake_loss + discriminator_loss)  # which have no parameter in common
         return {"fake_loss": fake_loss, "discriminator_loss": discriminator_loss}
 
-    def update_student(self, step: int) -> tuple[fd.LossStats, dict[str, Tensor]]:
-        """The weighted score difference at noised samples, and the GAN gradient through the teacher's features."""
-        _, labels = batch(self.data, self.config.batch_size, self.gen)
-        sigma = self.noise_levels(len(labels))
-        x = self.generate(self.student, labels)
-        x_t = edm.add_noise(x, sigma, self.gen)
-        teacher, features = self.teacher.with_features(x_t, sigma, labels)
-        with torch.no_grad():
-            fake = self.fake(x_t, sigma, labels)
-        logits = self.head(features)
-        loss, stats = self.loss(x, teacher, fake, logits, sigma.log(), return_stats=True)
-        gan_loss = fd.gan_generator_loss(logits)
-        self.student_optimizer.update(loss + self.config.gan_weight * gan_loss, step)
+    def update_student(self, step: int, steps: int) -> tuple[Tensor, Tensor]:
+        self.student_optimizer.schedule(step)
+        gan_loss, stats = self.apply_student(self.draw(), steps)
         follow(self.average, self.student, step, self.config.ema)
-        return stats, {"gan_loss": gan_loss}
+        return gan_loss, stats
 
-    def train(self, log: Log) -> list[Record]:
-        """All steps; the log records are the loss statistics by their names in LossStats, and the other losses."""
-        progress = Progress(self.divergence, self.config.distill_steps, self.config.log_every, log)
-        for step in progress:
-            for _ in range(self.config.fake_updates):
-                losses = self.update_critics(step)
-            stats, generator_losses = self.update_student(step)
-            if progress.due(step):
-                losses |= generator_losses
-                values = stats.to_dict()  # one copy for all of them
-                values |= dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-                low, mean, high = (values[f"weight_{name}"] for name in ("min", "mean", "max"))
-                postfix = {"loss": f"{values['loss']:.3f}", "weights": f"{low:.2f}/{mean:.2f}/{high:.2f}"}
-                progress.show(step, values, postfix | {"ess": f"{values['effective_sample_size']:.0f}"})
-        return progress.records
+    def update(self, step: int) -> Callable[[], Record]:
+        """A record holds the statistics by their names in LossStats, and the other losses."""
+        count = self.config.fake_updates
+        for k in range(count):  # the student's steps take turns at being the last one
+            losses = self.update_critics(step, 1 + (step * count + k) % len(self.levels))
+        losses["gan_loss"], stats = self.update_student(step, 1 + step % len(self.levels))
+
+        def read() -> Record:
+            values = torch.cat([stats, torch.stack([*losses.values()]).to(stats)])
+            return dict(zip([*FIELDS, *losses], values.tolist(), strict=True))  # one copy for all of them
+
+        return read
+
+    def postfix(self, values: Record) -> dict[str, str]:
+        low, mean, high = (values[f"weight_{name}"] for name in ("min", "mean", "max"))
+        weights = {"weights": f"{low:.2f}/{mean:.2f}/{high:.2f}"}
+        return super().postfix(values) | weights | {"ess": f"{values['effective_sample_size']:.0f}"}
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """Samples of the result from unit noise [N, ...]; further steps take noise of their own, the same each time."""
+        more = (len(noise), len(self.levels) - 1, *self.teacher.shape)
+        start = torch.cat([noise[:, None], edm.normal(more, random_numbers(self.config, "sampling"))], dim=1)
+        return generate(self.average, start, labels, self.levels)
 
     @torch.no_grad()
     def weights(self, count: int) -> tuple[Tensor, Tensor]:
-        """Noise levels and f-weights of ``count`` samples of the trained student, the histogram as it stands."""
-        _, labels = batch(self.data, count, self.gen)
-        sigma = self.noise_levels(count)
-        x_t = edm.add_noise(self.generate(self.average, labels), sigma, self.gen)
-        logits = self.head(self.teacher.with_features(x_t, sigma, labels)[1])
+        """Noise levels and f-weights of ``count`` samples of the result, the histogram as it stands."""
+        config, gen = self.config, random_numbers(self.config, "weights")
+        _, labels = batch(self.data, count, gen)
+        u = torch.rand(count, generator=gen, device=gen.device)
+        sigma = edm.karras_sigma(u, config.distill_sigma_min, config.sigma_max)
+        x = self.sample(edm.normal((count, *self.teacher.shape), gen), labels)
+        logits = self.head(self.teacher.with_features(edm.add_noise(x, sigma, gen), sigma, labels)[1])
         self.loss.eval()
         weights = self.loss.weights(logits, sigma.log())
         self.loss.train()

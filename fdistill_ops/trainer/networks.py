@@ -39,11 +39,11 @@ class Denoiser(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], classes: int, width: int, depth: int, sigma_data: float) -> None:
         super().__init__()
-        self.shape, self.sigma_data = shape, sigma_data
+        self.shape, self.no_class, self.sigma_data = shape, classes, sigma_data
         pixels = math.prod(shape)
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(6), persistent=False)
         self.time = nn.Linear(12, width)
-        self.label = nn.Embedding(classes, width)
+        self.label = nn.Embedding(classes + 1, width)  # the last one: no class
         self.first = nn.Linear(pixels, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -52,7 +52,7 @@ class Denoiser(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        """x0-prediction for noisy samples [B, *shape], noise levels [B] and classes [B]."""
+        """x0-prediction for noisy samples [B, *shape], noise levels [B] and classes [B] (``no_class``: of any)."""
         return self.with_features(x, sigma, labels)[0]
 
     def with_features(self, x: Tensor, sigma: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,62 +4,82 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from . import edm
+from . import edm, ranks
 from .config import Config
 from .data import Data
-from .files import Log, Record
+from .files import Record
 from .networks import Classifier, Denoiser
-from .training import Optimizer, Progress, batch, follow, random_numbers
+from .training import Optimizer, Training, autocast, batch, follow, random_numbers
 
 
-def train_teacher(teacher: Denoiser, config: Config, data: Data, log: Log) -> list[Record]:
-    """EDM training (arXiv 2206.00364, section 5)."""
+class Regression(Training):
+    """Minimises the mean of a loss of images and classes.
 
-    def loss(model: nn.Module, x: Tensor, labels: Tensor, gen: torch.Generator) -> Tensor:
+    Attributes:
+        average: moving average of the parameters: the result.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, config: Config, data: Data) -> None:
+        super().__init__(config, data)
+        self.model = model
+        self.average: Any = copy.deepcopy(model).requires_grad_(False)
+        self.gen = random_numbers(config, self.stage)
+        self.optimizer = Optimizer([(model, lr)], self.steps, (0.9, 0.99), config)
+        self.parts = {"model": model, "average": self.average, "optimizer": self.optimizer}
+        self.parallel = ranks.parallel(model)
+
+    def loss(self) -> Tensor:
+        raise NotImplementedError
+
+    def update(self, step: int) -> Callable[[], Record]:
+        with autocast(self.config):
+            loss = self.loss()
+        self.optimizer.schedule(step)
+        self.optimizer.update(loss)
+        follow(self.average, self.model, step, self.config.ema)
+        return lambda: {"loss": loss.item()}
+
+
+class TeacherTraining(Regression):
+    """EDM training (arXiv 2206.00364, section 5); without the class now and then where it is to be guided (Ho and
+    Salimans, arXiv 2207.12598)."""
+
+    stage = "teacher"
+
+    def __init__(self, model: Denoiser, config: Config, data: Data) -> None:
+        self.steps, self.no_class = config.teacher_steps, model.no_class
+        super().__init__(model, config.teacher_lr, config, data)
+
+    def loss(self) -> Tensor:
+        config, gen = self.config, self.gen
+        x, labels = batch(self.data, config.batch_size, gen)
+        if config.label_dropout:
+            dropped = torch.rand(len(labels), generator=gen, device=gen.device) < config.label_dropout
+            labels = labels.masked_fill(dropped, self.no_class)
         sigma = edm.lognormal_sigma(len(x), config.noise_mean, config.noise_std, gen)
-        return edm.denoising_loss(model(edm.add_noise(x, sigma, gen), sigma, labels), x, sigma, data.sigma_data)
-
-    steps, lr, count = config.teacher_steps, config.teacher_lr, config.batch_size
-    return _train("teacher", teacher, loss, steps, lr, count, config, data, log)
-
-
-def train_classifier(classifier: Classifier, config: Config, data: Data, log: Log) -> list[Record]:
-    """Cross-entropy on noisy images, so that the features vary smoothly around the data."""
-
-    def loss(model: nn.Module, x: Tensor, labels: Tensor, gen: torch.Generator) -> Tensor:
-        return cross_entropy(model(x + config.classifier_noise * edm.normal(x.shape, gen)), labels)
-
-    steps, lr, count = config.classifier_steps, config.classifier_lr, config.classifier_batch
-    return _train("classifier", classifier, loss, steps, lr, count, config, data, log)
+        x_t = edm.add_noise(x, sigma, gen)
+        x, labels, sigma, x_t = map(ranks.mine, (x, labels, sigma, x_t))
+        return edm.denoising_loss(self.parallel(x_t, sigma, labels), x, sigma, self.data.sigma_data)
 
 
-def _train(
-    stage: str,
-    average: nn.Module,
-    batch_loss: Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor],
-    steps: int,
-    lr: float,
-    count: int,
-    config: Config,
-    data: Data,
-    log: Log,
-) -> list[Record]:
-    """Minimises a loss of ``count`` images and classes; ``average`` becomes the moving average of the parameters."""
-    gen = random_numbers(config, stage)
-    model = copy.deepcopy(average)
-    optimizer = Optimizer(model, lr, steps, betas=(0.9, 0.99))
-    progress = Progress(stage, steps, config.log_every, log)
-    for step in progress:
-        x, labels = batch(data, count, gen)
-        loss = batch_loss(model, x, labels, gen)
-        optimizer.update(loss, step)
-        follow(average, model, step, config.ema)
-        if progress.due(step):
-            value = loss.item()
-            progress.show(step, {"loss": value}, {"loss": f"{value:.3f}"})
-    return progress.records
+class ClassifierTraining(Regression):
+    """Cross-entropy on noisy images, so that the features vary smoothly around the data. Every rank takes the whole
+    batch, whose size is fixed, so that it does not change what judges the samples."""
+
+    stage = "classifier"
+
+    def __init__(self, model: Classifier, config: Config, data: Data) -> None:
+        self.steps = config.classifier_steps
+        super().__init__(model, config.classifier_lr, config, data)
+
+    def loss(self) -> Tensor:
+        config = self.config
+        x, labels = batch(self.data, config.classifier_batch, self.gen)
+        x = x + config.classifier_noise * edm.normal(x.shape, self.gen)
+        return cross_entropy(self.parallel(x), labels)

@@ -1,0 +1,130 @@
+"""Several processes, started by torchrun: each takes its part of every batch, and the gradients are averaged.
+
+All ranks draw the same random numbers for the whole batch, so that the result does not depend on how many there are, up
+to rounding. Without torchrun every function here is that of one process alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another before the job ends
+
+_control: Any = None  # a group of all ranks for what is on the CPU, gloo
+
+
+def requested() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device(device: str) -> str:
+    """The device of this process: with several on GPUs, the one of its local rank."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and requested() > 1 else device
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Within it the processes form a group: nccl for GPUs, gloo for CPUs."""
+    if requested() == 1:
+        yield
+        return
+    global _control
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    _control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this rank writes files and talks to the user."""
+    return rank() == 0
+
+
+def mine(whole: Tensor) -> Tensor:
+    """This rank's part of a batch, whose size is a multiple of the number of ranks."""
+    return whole if world() == 1 else whole.chunk(world())[rank()]
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """The module to train: it averages the gradients over the ranks in backward. Its state is ``module``'s."""
+    return module if world() == 1 else DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of every rank."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value, group=_control)
+    return values
+
+
+def largest(value: int) -> int:
+    """The largest of the ranks' values; the GPU is not waited for."""
+    if world() == 1:
+        return value
+    found = torch.tensor(value)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_control)
+    return int(found)
+
+
+def from_main(value: Any) -> Any:
+    """The main rank's value, on every rank."""
+    if world() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, group=_control)
+    return values[0]
+
+
+def averaged(values: list[dict[str, float]]) -> dict[str, float]:
+    """Losses and statistics (LossStats by name) of the whole batch, from those of every rank's part of it."""
+    return {name: _COMBINED.get(name, _mean)(name, values) for name in values[0]}
+
+
+def _column(name: str, values: list[dict[str, float]]) -> list[float]:
+    return [part[name] for part in values]
+
+
+def _mean(name: str, values: list[dict[str, float]]) -> float:
+    return sum(_column(name, values)) / len(values)
+
+
+def _effective_sample_size(name: str, values: list[dict[str, float]]) -> float:
+    """(sum w)^2 / sum w^2; of one part the ESS is (sum w)^2 / sum w^2 too, and sum w in proportion to the mean."""
+    sums = [part["weight_mean"] for part in values]
+    squares = sum(total**2 / part[name] if part[name] else 0.0 for total, part in zip(sums, values, strict=True))
+    return sum(sums) ** 2 / squares if squares else 0.0
+
+
+_COMBINED = {
+    "effective_sample_size": _effective_sample_size,
+    "grad_norm": lambda name, values: sum(value**2 for value in _column(name, values)) ** 0.5,
+    "nonfinite": lambda name, values: sum(_column(name, values)),
+} | {
+    f"{what}_{bound.__name__}": (lambda name, values, bound=bound: bound(_column(name, values)))
+    for what in ("weight", "normalizer")
+    for bound in (min, max)
+}

@@ -1,0 +1,294 @@
+"""The trainer's checkpoints: to the bit, whole at any moment, and what is damaged is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fdistill_ops as fd
+from fdistill_ops.trainer.__main__ import main
+from fdistill_ops.trainer.checkpoints import Checkpoints
+from fdistill_ops.trainer.config import Config
+from fdistill_ops.trainer.data import Data, load_digits
+from fdistill_ops.trainer.distill import Distillation
+from fdistill_ops.trainer.files import Log
+from fdistill_ops.trainer.networks import Denoiser
+from fdistill_ops.trainer.training import Training, train
+
+pytestmark = pytest.mark.no_poison
+
+for _module in ("sklearn", "matplotlib", "tqdm"):
+    pytest.importorskip(_module, reason="the trainer's extra is not installed")
+
+STEPS, EVERY = 11, 4
+TINY = ["--quick", "--teacher-steps", "9", "--distill-steps", str(STEPS), "--checkpoint-every", str(EVERY)]
+TINY += ["--width", "16", "--depth", "1", "--batch-size", "16", "--divergences", "js", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return load_digits(0, torch.device("cpu"))
+
+
+def distillation(data: Data, **settings: Any) -> Distillation:
+    few = {"distill_steps": STEPS, "checkpoint_every": EVERY, "log_every": 3, "width": 16, "depth": 1, "batch_size": 16}
+    config = Config(**(few | settings))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        teacher = Denoiser((8, 8), data.classes, config.width, config.depth, data.sigma_data)
+        for parameter in teacher.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+    return Distillation(teacher, config, data, "js")
+
+
+def same(a: Any, b: Any) -> bool:
+    """Two states, to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+class Stop(Exception):
+    """Stands for a kill: nothing is saved."""
+
+
+def killed_before(training: Training, step: int) -> None:
+    update = training.update
+
+    def stop(now: int) -> Any:
+        if now == step:
+            raise Stop
+        return update(now)
+
+    training.update = stop  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def whole(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Distillation:
+    """An uninterrupted training."""
+    training = distillation(data)
+    train(training, Checkpoints(tmp_path_factory.mktemp("whole"), "js", "key"), Log(None))
+    return training
+
+
+@pytest.mark.parametrize(
+    ("step", "settings"),
+    [
+        *((step, {}) for step in (0, 3, EVERY, 5, 2 * EVERY, STEPS - 1)),
+        *((5, {"student_steps": 2, "guidance": 2.0}), (5, {"precision": "bfloat16"}), (5, {"precision": "float16"})),
+    ],
+    ids=str,
+)
+def test_resumed_to_the_bit(step: int, settings: dict[str, Any], data: Data, tmp_path: Path) -> None:
+    uninterrupted = distillation(data, **settings)
+    train(uninterrupted, Checkpoints(tmp_path / "whole", "js", "key"), Log(None))
+    checkpoints = Checkpoints(tmp_path, "js", "key")
+    first = distillation(data, **settings)
+    killed_before(first, step)
+    with pytest.raises(Stop):
+        train(first, checkpoints, Log(None))
+    saved = sorted(int(path.stem[-8:]) for path in tmp_path.glob("*.pt"))
+    assert saved == [known for known in (EVERY, 2 * EVERY) if known <= step]
+    second = distillation(data, **settings)
+    train(second, Checkpoints(tmp_path, "js", "key"), Log(None))
+    assert same(second.state(), uninterrupted.state())
+    assert len(second.records) == 4
+
+
+def test_state_holds_everything(whole: Distillation, data: Data) -> None:
+    """Whatever tensor a training changes comes back: the state of another seed, loaded, is the same in all of it."""
+    other = distillation(data, seed=1)
+    before = copy.deepcopy(other.state())
+    other.load(whole.state())
+    assert same(other.state(), whole.state()) and not same(before["parts"]["head"], whole.state()["parts"]["head"])
+    assert {"student", "fake", "head", "average", "loss"} <= set(whole.state()["parts"])
+    assert "histogram.bins" in whole.state()["parts"]["loss"]
+    assert not torch.equal(whole.loss.histogram.bins, torch.ones(10))
+    assert all(whole.state()["parts"][f"{name}_optimizer"]["adam"]["state"] for name in ("student", "critics"))
+    assert torch.equal(other.gen.get_state(), whole.gen.get_state())
+
+
+def test_previous_one_is_kept(data: Data, tmp_path: Path, whole: Distillation) -> None:
+    checkpoints = Checkpoints(tmp_path, "js", "key")
+    train(distillation(data), checkpoints, Log(None))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["js-key-00000008.pt", "js-key-00000011.pt"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "foreign", "renamed", "shape", "text", "parts"])
+def test_damaged_checkpoint(
+    damage: str, data: Data, tmp_path: Path, whole: Distillation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is named, and the one before it is used; the result is that of an uninterrupted run."""
+    train(distillation(data), Checkpoints(tmp_path, "js", "key"), Log(None))
+    path = tmp_path / "js-key-00000011.pt"
+    content = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "flipped":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :])
+    elif damage == "text":
+        path.write_text("something else")
+    elif damage == "foreign":
+        torch.save(state | {"key": "other"}, path)
+    elif damage == "renamed":
+        torch.save(state | {"step": 10}, path)
+    elif damage == "parts":
+        del state["state"]["parts"]["head"]
+        torch.save(state, path)
+    elif damage == "shape":
+        state["state"]["parts"]["critics_optimizer"]["adam"]["param_groups"] = []
+        torch.save(state, path)
+    capsys.readouterr()
+    training = distillation(data)
+    train(training, Checkpoints(tmp_path, "js", "key"), Log(None))
+    error = capsys.readouterr().err
+    assert f"{path} is not used: " in error and "goes on after step 8" in error
+    assert same(training.state(), whole.state())
+    assert path.read_bytes() != b"" and same(torch.load(path, weights_only=True)["state"], whole.state())
+
+
+def test_nothing_usable(data: Data, tmp_path: Path, whole: Distillation) -> None:
+    for step in (4, 8):
+        (tmp_path / f"js-key-{step:08d}.pt").write_text("something else")
+    training = distillation(data)
+    train(training, Checkpoints(tmp_path, "js", "key"), Log(None))
+    assert same(training.state(), whole.state())
+
+
+def test_checkpoints_of_others_are_left(data: Data, tmp_path: Path) -> None:
+    others = ["js-other-00000011.pt", "sf-key-00000011.pt", "notes.txt"]
+    for name in others:
+        (tmp_path / name).write_text(name)
+    train(distillation(data), Checkpoints(tmp_path, "js", "key"), Log(None))
+    assert all((tmp_path / name).read_text() == name for name in others)
+
+
+def test_half_written_files_of_dead_processes(data: Data, tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead, alive = (tmp_path / f".{pid}.js-key-00000004.pt" for pid in (process.pid, os.getpid()))
+    for path in (dead, alive):
+        path.write_text("half")
+    list(Checkpoints(tmp_path, "js", "key").newest_first())
+    assert alive.exists() and not dead.exists()
+
+
+def test_finished_training_is_not_repeated(data: Data, tmp_path: Path, whole: Distillation) -> None:
+    train(distillation(data), Checkpoints(tmp_path, "js", "key"), Log(None))
+    again = distillation(data)
+    again.update = pytest.fail  # type: ignore[method-assign,assignment]
+    train(again, Checkpoints(tmp_path, "js", "key"), Log(None))
+    assert same(again.state(), whole.state())
+
+
+def test_no_checkpoint_of_what_is_not_finite(data: Data, tmp_path: Path) -> None:
+    training = distillation(data, log_every=100)
+    update = training.update
+
+    def spoil(step: int) -> Any:
+        if step == 2:
+            with torch.no_grad():
+                next(training.student.parameters()).fill_(torch.nan)
+        return update(step)
+
+    training.update = spoil  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="js: the loss is nan at step 4"):
+        train(training, Checkpoints(tmp_path, "js", "key"), Log(None))
+    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------------------- whole runs
+
+
+def environment() -> dict[str, str]:
+    path = [str(Path(fd.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+
+
+def start(out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fdistill_ops.trainer", *TINY, "--out", str(out), *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+
+
+def wait_for(path: Path, pattern: str, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not list(path.glob(pattern)):
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            pytest.fail(f"no {pattern}: {process.communicate()[1][-2000:]}")
+        time.sleep(0.01)
+
+
+LONG = ["--distill-steps", "4000", "--checkpoint-every", "20"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_signals(number: signal.Signals, tmp_path: Path) -> None:
+    """What is there afterwards is whole; SIGTERM and Ctrl-C lose nothing, kill -9 at most the interval."""
+    process = start(tmp_path, *LONG)
+    wait_for(tmp_path / "cache", "student-js-*-00000[1-9]*.pt", process)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    steps = sorted(int(path.stem[-8:]) for path in (tmp_path / "cache").glob("student-js-*.pt"))
+    for path in (tmp_path / "cache").glob("*.pt"):
+        torch.load(path, weights_only=True)
+    log = (tmp_path / "log.jsonl").read_text().splitlines()
+    logged = max(record["step"] for record in map(json.loads, log) if record["stage"] == "js")
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+        assert logged - steps[-1] <= 20
+    else:
+        assert process.returncode == 128 + number, error
+        assert f"{number.name}: every file is whole; the same command goes on from here" in error
+        assert "Traceback" not in error
+        assert 0 <= steps[-1] - logged < 5  # it logs every fifth step
+    resumed = start(tmp_path, *LONG)
+    wait_for(tmp_path / "cache", f"student-js-*-{steps[-1] // 20 * 20 + 20:08d}.pt", resumed)
+    resumed.terminate()
+    assert f"js: goes on after step {steps[-1]}" in resumed.communicate(timeout=60)[1]
+
+
+@pytest.mark.slow
+def test_run_after_an_interruption(tmp_path: Path) -> None:
+    """Log and report are those of an uninterrupted run, but for times."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main([*TINY, "--out", str(whole)]) == 0
+    assert main([*TINY, "--out", str(cut)]) == 0
+    newest = sorted((cut / "cache").glob("student-js-*.pt"))[-1]
+    newest.unlink()
+    (cut / "log.jsonl").write_text("")
+    assert main([*TINY, "--out", str(cut)]) == 0
+    assert (cut / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    rows = [json.loads((folder / "report.json").read_text())["rows"] for folder in (whole, cut)]
+    for row in (*rows[0], *rows[1]):
+        del row["samples_per_second"]
+    assert rows[0] == rows[1]

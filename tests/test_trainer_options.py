@@ -1,0 +1,326 @@
+"""Options of the distillation: students of several steps, guidance, precision, torch.compile, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_trainer_interruption import TINY, distillation, same
+from torch import Tensor
+
+import fdistill_ops as fd
+from fdistill_ops.stats import FIELDS
+from fdistill_ops.trainer import edm
+from fdistill_ops.trainer.__main__ import main
+from fdistill_ops.trainer.config import Config
+from fdistill_ops.trainer.data import Data, load_digits
+from fdistill_ops.trainer.distill import Distillation, generate, guided, student_levels
+from fdistill_ops.trainer.files import Log
+from fdistill_ops.trainer.networks import Denoiser
+from fdistill_ops.trainer.teacher import TeacherTraining
+
+pytestmark = pytest.mark.no_poison
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return load_digits(0, torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------------------------------- several steps
+
+
+class Recorder(torch.nn.Module):
+    """A student that answers with half of its input, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        self.asked: list[tuple[Tensor, float]] = []
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        assert sigma.unique().numel() == 1 and sigma.shape == (len(x),)
+        self.asked.append((x, float(sigma[0])))
+        return self.factor * x
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_backward_simulation(steps: int) -> None:
+    """x_k = f (x_{k-1} + s_k z_k): the samples; and the gradient of the last step alone, x_{k-1} + s_k z_k."""
+    levels, student = [20.0, 3.0, 0.5][:steps], Recorder()
+    noise = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = generate(student, noise, torch.zeros(4, dtype=torch.long), levels)
+    expected, last = torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4, 2, dtype=torch.float64)
+    for k, level in enumerate(levels):
+        last = expected + level * noise[:, k]
+        expected = 0.5 * last
+    torch.testing.assert_close(x, expected)
+    assert [level for _, level in student.asked] == levels
+    x.sum().backward()
+    torch.testing.assert_close(student.factor.grad, last.sum())
+
+
+def test_no_gradient_where_none_is_wanted() -> None:
+    with torch.no_grad():
+        assert not generate(Recorder(), torch.zeros(2, 1, 3), torch.zeros(2, dtype=torch.long), [1.0]).requires_grad
+
+
+def test_levels() -> None:
+    assert student_levels(Config()) == pytest.approx([20.0])
+    levels = student_levels(Config(student_steps=4))
+    u = torch.tensor([0, 0.25, 0.5, 0.75], dtype=torch.float64)
+    assert levels == pytest.approx(edm.karras_sigma(u, 0.02, 20.0).tolist())
+    assert levels == sorted(levels, reverse=True) and levels[0] == pytest.approx(20)
+
+
+def test_every_step_is_trained(data: Data) -> None:
+    training = distillation(data, student_steps=3, fake_updates=2)
+    counts: dict[str, list[int]] = {"critics": [], "student": []}
+    critics, student = training.update_critics, training.update_student
+
+    def count_critics(step: int, steps: int) -> Any:
+        counts["critics"].append(steps)
+        return critics(step, steps)
+
+    def count_student(step: int, steps: int) -> Any:
+        counts["student"].append(steps)
+        return student(step, steps)
+
+    training.update_critics, training.update_student = count_critics, count_student  # type: ignore[method-assign]
+    for step in range(6):
+        training.update(step)
+    assert counts == {"critics": [1, 2, 3] * 4, "student": [1, 2, 3] * 2}
+
+
+def test_samples_take_all_steps_and_are_the_same_each_time(data: Data) -> None:
+    training = distillation(data, student_steps=3)
+    noise, labels = torch.randn(5, 8, 8, generator=torch.Generator().manual_seed(3)), torch.arange(5)
+    state = training.gen.get_state()
+    samples = training.sample(noise, labels)
+    assert torch.equal(samples, training.sample(noise, labels)) and torch.equal(training.gen.get_state(), state)
+    one = generate(training.average, noise[:, None], labels, training.levels[:1])
+    assert samples.shape == one.shape and not torch.equal(samples, one)
+    assert torch.equal(distillation(data).sample(noise, labels), one)
+
+
+# ------------------------------------------------------------------------------------------------------------ guidance
+
+
+def test_guided_student_loss_is_that_of_the_guided_teacher(data: Data) -> None:
+    """u + s (c - u) in the kernel and beside it."""
+    training = distillation(data, guidance=2.5)
+    draws = training.draw()
+    with torch.no_grad():
+        loss, _, stats = training.student_losses(draws, 1)
+        x = generate(training.student, draws.start, draws.labels, training.levels)
+        x_t = x + edm.rows(draws.sigma, x) * draws.noise
+        _, features = training.teacher.with_features(x_t, draws.sigma, draws.labels)
+        teacher = guided(training.teacher, training.config)(x_t, draws.sigma, draws.labels)
+        fake = training.fake(x_t, draws.sigma, draws.labels)
+        logits = training.head(features)
+        histogram = fd.RatioHistogram(training.loss.histogram.min_t, training.loss.histogram.max_t, 10, 0.9)
+        expected = fd.reference.f_distill_loss(x, teacher, fake, logits, draws.sigma.log(), histogram=histogram)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+    assert float(stats[FIELDS.index("loss")]) == float(loss)
+    unguided = training.teacher(x_t, draws.sigma, draws.labels)
+    assert not torch.allclose(teacher, unguided)
+
+
+def test_no_guidance_is_the_teacher_itself(data: Data) -> None:
+    training = distillation(data)
+    assert guided(training.teacher, training.config) is training.teacher
+
+
+@pytest.mark.parametrize(("guidance", "share"), [(1.0, 0.0), (3.0, 0.1)])
+def test_labels_are_dropped_for_guidance_alone(guidance: float, share: float, data: Data) -> None:
+    config = Config(guidance=guidance, width=8, depth=1, batch_size=1000)
+    model = Denoiser((8, 8), data.classes, 8, 1, data.sigma_data)
+    training = TeacherTraining(model, config, data)
+    asked: list[Tensor] = []
+    training.parallel = lambda x, sigma, labels: asked.append(labels) or model(x, sigma, labels)  # type: ignore
+    for _ in range(5):
+        training.loss()
+    labels = torch.cat(asked)
+    # 5,000 draws: standard deviation sqrt(0.1 * 0.9 / 5000) = 0.004.
+    assert float((labels == model.no_class).double().mean()) == pytest.approx(share, abs=5 * 0.0043 * (share > 0))
+    assert int(labels.max()) <= model.no_class
+    assert Config(guidance=guidance).key("label_dropout") != Config(guidance=4 - guidance).key("label_dropout")
+
+
+@pytest.mark.slow
+def test_run_with_steps_guidance_and_alpha(tmp_path: Path) -> None:
+    options = ["--divergences", "alpha:0.3,neyman", "--student-steps", "4", "--guidance", "1.5"]
+    assert main([*TINY, *options, "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert {row["name"]: row["evaluations"] for row in rows} == {
+        "held-out images": None,
+        "teacher, 18 Heun steps": 70,
+        "teacher, 1 step": 1,
+        "student, alpha:0.3": 4,
+        "student, neyman": 4,
+    }
+
+
+# ----------------------------------------------------------------------------------------------- precision and compile
+
+
+@pytest.mark.parametrize(("precision", "roundings"), [("bfloat16", 2**-8), ("float16", 2**-11)])
+def test_low_precision_is_near_float32(precision: str, roundings: float, data: Data) -> None:
+    """The first losses, which come of the same parameters and random numbers: what differs is the rounding of a few
+    layers."""
+    low, full = (distillation(data, precision=name, batch_size=256) for name in (precision, "float32"))
+    losses = [[loss.item() for loss in training.critic_losses(training.draw(), 1)] for training in (low, full)]
+    assert losses[0] == pytest.approx(losses[1], rel=16 * roundings) and losses[0] != losses[1]
+    for training in (low, full):
+        assert training.student_losses(training.draw(), 1)[0].dtype == torch.float32
+
+
+def test_float16_gradients_are_scaled(data: Data) -> None:
+    training = distillation(data, precision="float16")
+    scaler = training.student_optimizer.scaler
+    assert scaler.is_enabled() and scaler.get_scale() == 2**16
+    before = [parameter.clone() for parameter in training.student.parameters()]
+    training.update(0)
+    assert scaler.get_scale() == 2**16, "the first update overflowed"
+    assert not same(before, list(training.student.parameters()))
+    # The next one does, and is left out.
+    before = [parameter.clone() for parameter in training.student.parameters()]
+    training.student_optimizer.update(sum(p.sum() for p in training.student.parameters()) * torch.inf)
+    assert same(before, [p.detach() for p in training.student.parameters()]) and scaler.get_scale() == 2**15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"precision": "bfloat16"}, {"student_steps": 2, "guidance": 2.0}], ids=str)
+def test_compiled_step(settings: dict[str, Any], data: Data) -> None:
+    """Without a graph break, and with the losses and the histogram of the step that is not compiled. In bfloat16 the
+    score difference, at first nothing but rounding, says nothing."""
+    torch._dynamo.reset()
+    compiled, eager = (distillation(data, compile=flag, **settings) for flag in (True, False))
+    low = "precision" in settings
+    tolerance = 2e-2 if low else 1e-4
+    for step in range(2):
+        records = [training.update(step)() for training in (compiled, eager)]
+        names = ["fake_loss", "discriminator_loss", "gan_loss"] if low else list(records[0])
+        mine, theirs = ({name: record[name] for name in names} for record in records)
+        assert mine == pytest.approx(theirs, rel=tolerance, abs=1e-6, nan_ok=True)
+    torch.testing.assert_close(compiled.loss.histogram.bins, eager.loss.histogram.bins, rtol=tolerance, atol=0)
+
+
+def test_gradients_reach_the_trained_network_alone(data: Data) -> None:
+    """The student's loss goes through the discriminator's head and the teacher; neither gets a gradient of it."""
+    training = distillation(data)
+    training.update_critics(0, 1)
+    heads = [parameter.grad.clone() for parameter in training.head.parameters()]
+    training.update_student(0, 1)
+    assert same(heads, [parameter.grad for parameter in training.head.parameters()])
+    assert all(parameter.grad is None for parameter in training.teacher.parameters())
+    assert all(parameter.grad is None for parameter in training.average.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------- logs
+
+
+def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is installed: every number of a record by stage and step; those of an earlier run are there already."""
+    written: list[tuple[str, float, int]] = []
+    closed: list[str] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            self.folder = folder
+
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            written.append((tag, value, step))
+
+        def close(self) -> None:
+            closed.append(self.folder)
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setitem(sys.modules, "tensorboard", types.SimpleNamespace(__spec__=object()))
+    with Log(tmp_path) as log:
+        log.repeat("js", [{"step": 1, "loss": 3.0}])
+        log.write("js", {"step": 2, "loss": 1.5, "weight_mean": 1.0})
+    assert written == [("js/loss", 1.5, 2), ("js/weight_mean", 1.0, 2)]
+    assert closed == [str(tmp_path / "tensorboard")]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+
+
+def test_real_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with Log(tmp_path) as log:
+        log.write("js", {"step": 2, "loss": 1.5})
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_without_tensorboard(missing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if missing:
+        monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with Log(tmp_path if missing else None) as log:
+        log.write("js", {"step": 2, "loss": float("nan")})
+    assert [path.name for path in tmp_path.iterdir()] == (["log.jsonl"] if missing else [])
+    if missing:
+        assert json.loads((tmp_path / "log.jsonl").read_text()) == {"stage": "js", "step": 2, "loss": None}
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--student-steps", "0"], "--student-steps: must be an integer from 1"),
+        (["--guidance", "-1"], "--guidance: must be a number from 0, got '-1'"),
+        (["--guidance", "nan"], "--guidance: must be a number from 0, got 'nan'"),
+        (["--precision", "float8"], "--precision: invalid choice: 'float8'"),
+        (["--checkpoint-every", "0"], "--checkpoint-every: must be an integer from 1"),
+        (["--width", "0"], "--width: must be an integer from 8"),
+        (["--cuda-graph", "--device", "cpu"], "--cuda-graph: needs --device cuda, got cpu"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        main(["--out", str(tmp_path / "out"), *arguments])
+    assert status.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU")
+@pytest.mark.parametrize("settings", [{}, {"precision": "bfloat16"}, {"student_steps": 2, "guidance": 2.0}], ids=str)
+def test_captured_step(settings: dict[str, Any]) -> None:
+    """As many updates as the one that is launched kernel by kernel, with the same losses."""
+    device = torch.device("cuda")
+    data = load_digits(0, device)
+    records: list[list[dict[str, float]]] = []
+    trainings: list[Distillation] = []
+    for captured in (True, False):
+        training = distillation(data, cuda_graph=captured, device="cuda", **settings)
+        records.append([training.update(step)() for step in range(10)])
+        trainings.append(training)
+    for mine, theirs in zip(*records, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-2, abs=1e-5, nan_ok=True)
+    assert trainings[0].apply_student.graphs  # type: ignore[attr-defined]
+    steps = [
+        training.student_optimizer.adam.state[training.student_optimizer.parameters[0]]["step"]
+        for training in trainings
+    ]
+    assert float(steps[0]) == float(steps[1]) == 10
