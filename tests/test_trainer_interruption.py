@@ -8,32 +8,25 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from trainer_cases import EVERY, STEPS, TINY, distillation, environment, same, wait_for
 
-import fdistill_ops as fd
 from fdistill_ops.trainer.__main__ import main
 from fdistill_ops.trainer.checkpoints import Checkpoints
-from fdistill_ops.trainer.config import Config
 from fdistill_ops.trainer.data import Data, load_digits
 from fdistill_ops.trainer.distill import Distillation
 from fdistill_ops.trainer.files import Log
-from fdistill_ops.trainer.networks import Denoiser
 from fdistill_ops.trainer.training import Training, train
 
 pytestmark = pytest.mark.no_poison
 
 for _module in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(_module, reason="the trainer's extra is not installed")
-
-STEPS, EVERY = 11, 4
-TINY = ["--quick", "--teacher-steps", "9", "--distill-steps", str(STEPS), "--checkpoint-every", str(EVERY)]
-TINY += ["--width", "16", "--depth", "1", "--batch-size", "16", "--divergences", "js", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,29 +40,6 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def data() -> Data:
     return load_digits(0, torch.device("cpu"))
-
-
-def distillation(data: Data, **settings: Any) -> Distillation:
-    few = {"distill_steps": STEPS, "checkpoint_every": EVERY, "log_every": 3, "width": 16, "depth": 1, "batch_size": 16}
-    config = Config(**(few | settings))
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        teacher = Denoiser((8, 8), data.classes, config.width, config.depth, data.sigma_data)
-        for parameter in teacher.parameters():
-            if not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.1)
-    return Distillation(teacher, config, data, "js")
-
-
-def same(a: Any, b: Any) -> bool:
-    """Two states, to the bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 class Stop(Exception):
@@ -228,23 +198,9 @@ def test_no_checkpoint_of_what_is_not_finite(data: Data, tmp_path: Path) -> None
 # --------------------------------------------------------------------------------------------------------- whole runs
 
 
-def environment() -> dict[str, str]:
-    path = [str(Path(fd.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-
-
 def start(out: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fdistill_ops.trainer", *TINY, "--out", str(out), *more]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
-
-
-def wait_for(path: Path, pattern: str, process: subprocess.Popen[str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not list(path.glob(pattern)):
-        if process.poll() is not None or time.monotonic() > end:
-            process.kill()
-            pytest.fail(f"no {pattern}: {process.communicate()[1][-2000:]}")
-        time.sleep(0.01)
 
 
 LONG = ["--distill-steps", "4000", "--checkpoint-every", "20"]

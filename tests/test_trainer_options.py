@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer_interruption import TINY, distillation, same
 from torch import Tensor
+from trainer_cases import TINY, distillation, same
 
 import fdistill_ops as fd
 from fdistill_ops.stats import FIELDS
@@ -20,12 +20,15 @@ from fdistill_ops.trainer import edm
 from fdistill_ops.trainer.__main__ import main
 from fdistill_ops.trainer.config import Config
 from fdistill_ops.trainer.data import Data, load_digits
-from fdistill_ops.trainer.distill import Distillation, generate, guided, student_levels
+from fdistill_ops.trainer.distill import generate, guided, student_levels
 from fdistill_ops.trainer.files import Log
 from fdistill_ops.trainer.networks import Denoiser
 from fdistill_ops.trainer.teacher import TeacherTraining
 
 pytestmark = pytest.mark.no_poison
+
+for _module in ("sklearn", "matplotlib", "tqdm"):
+    pytest.importorskip(_module, reason="the trainer's extra is not installed")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -301,26 +304,3 @@ def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path, capsy
     assert status.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU")
-@pytest.mark.parametrize("settings", [{}, {"precision": "bfloat16"}, {"student_steps": 2, "guidance": 2.0}], ids=str)
-def test_captured_step(settings: dict[str, Any]) -> None:
-    """As many updates as the one that is launched kernel by kernel, with the same losses."""
-    device = torch.device("cuda")
-    data = load_digits(0, device)
-    records: list[list[dict[str, float]]] = []
-    trainings: list[Distillation] = []
-    for captured in (True, False):
-        training = distillation(data, cuda_graph=captured, device="cuda", **settings)
-        records.append([training.update(step)() for step in range(10)])
-        trainings.append(training)
-    for mine, theirs in zip(*records, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-2, abs=1e-5, nan_ok=True)
-    assert trainings[0].apply_student.graphs  # type: ignore[attr-defined]
-    steps = [
-        training.student_optimizer.adam.state[training.student_optimizer.parameters[0]]["step"]
-        for training in trainings
-    ]
-    assert float(steps[0]) == float(steps[1]) == 10

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer_interruption import TINY, environment, wait_for
+from trainer_cases import TINY, environment, wait_for
 
 from fdistill_ops.trainer import ranks
 from fdistill_ops.trainer.__main__ import main

@@ -101,6 +101,8 @@ def parse(argv: Sequence[str] | None) -> Config:
         parser.error(f"argument --batch-size: must be {allowed}, got {arguments.batch_size}")
     if arguments.cuda_graph and not arguments.device.startswith("cuda"):
         parser.error(f"argument --cuda-graph: needs --device cuda, got {arguments.device}")
+    if arguments.cuda_graph and ranks.requested() > 1:
+        parser.error("argument --cuda-graph: only with one rank")
     if arguments.cuda_graph and arguments.precision == "float16":
         parser.error("argument --cuda-graph: not with --precision float16, whose GradScaler may leave out an update")
 

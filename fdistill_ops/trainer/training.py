@@ -88,6 +88,9 @@ class Optimizer:
 
     def load_state_dict(self, state: State) -> None:
         self.adam.load_state_dict(state["adam"])
+        for group in self.adam.param_groups:
+            if isinstance(group["lr"], Tensor):  # on the CPU, where the file was read
+                group["lr"] = group["lr"].to(self.parameters[0].device)
         self.scaler.load_state_dict(state["scaler"])
 
 
