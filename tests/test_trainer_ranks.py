@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -125,6 +126,27 @@ def test_rank_that_dies(victim: int, tmp_path: Path) -> None:
     assert "exitcode  : -9" in error  # torchrun's own report names the rank
     for path in (tmp_path / "cache").glob("*.pt"):
         torch.load(path, weights_only=True)
+
+
+def test_rank_that_dies_without_torchrun(tmp_path: Path) -> None:
+    """The other one ends by itself, and says why."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "fdistill_ops.trainer", *TINY, "--out", str(tmp_path), *LONG]
+    processes = [
+        subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env=environment() | meeting | {"RANK": rank, "LOCAL_RANK": rank}
+        )
+        for rank in ("0", "1")
+    ]
+    wait_for(tmp_path / "cache", "student-js-*-00000[1-9]*.pt", processes[0])
+    processes[1].kill()
+    processes[1].communicate()
+    error = processes[0].communicate(timeout=60)[1]
+    assert processes[0].returncode == 1
+    assert "fdistill-train: rank 0: error, perhaps since another rank has ended: " in error
+    assert "Traceback" not in error
 
 
 def test_signal_to_one_rank(tmp_path: Path) -> None:
