@@ -133,7 +133,7 @@ def test_logits_are_higher_on_data() -> None:
     teacher = networks.Denoiser((8, 8), data.classes, config.width, config.depth, data.sigma_data)
     distillation = Distillation(teacher, config, data, "js")
     for _ in range(40):
-        distillation.update_critics(100, steps=1)
+        distillation.update_critics(100)
     labels, sigma = data.held_out_labels, torch.full((len(data.held_out),), 0.3)
     with torch.no_grad():
         noise = edm.normal((len(labels), 1, 8, 8), distillation.gen)
@@ -252,10 +252,10 @@ def test_loss_that_is_not_finite(
 ) -> None:
     critics = Distillation.update_critics
 
-    def spoil(self: Distillation, step: int, steps: int) -> dict[str, torch.Tensor]:
+    def spoil(self: Distillation, step: int) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             next(self.student.parameters()).fill_(torch.nan)
-        return critics(self, step, steps)
+        return critics(self, step)
 
     monkeypatch.setattr(Distillation, "update_critics", spoil)
     assert main([*TINY, "--out", str(tmp_path), "--cache", str(teacher_cache)]) == 1

@@ -8,8 +8,9 @@ f-distill loss plus ``gan_weight`` times the GAN loss.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ class Draws(NamedTuple):
         real, labels: training images [B, ...] and their classes [B], which the student is asked for.
         sigma: [B], noise levels at which student and teacher are compared.
         start: [B, student_steps, ...], unit noise for the student's steps.
+        last: [B], which of them is the one trained; equally many of each.
         noise, real_noise: [B, ...], unit noise on the student's samples, on the training images.
     """
 
@@ -41,6 +43,7 @@ class Draws(NamedTuple):
     labels: Tensor
     sigma: Tensor
     start: Tensor
+    last: Tensor
     noise: Tensor
     real_noise: Tensor
 
@@ -51,14 +54,20 @@ def student_levels(config: Config) -> list[float]:
     return edm.karras_sigma(u, config.sigma_min, config.sigma_max).tolist()
 
 
-def generate(student: nn.Module, noise: Tensor, labels: Tensor, levels: list[float]) -> Tensor:
-    """The student's samples from unit noise [B, steps, ...]: at each level its last answer is noised again and denoised
-    at once. Gradients are those of the last step, as in DMD2's backward simulation (section 4.5)."""
+def student_inputs(student: nn.Module, noise: Tensor, labels: Tensor, levels: list[float]) -> Iterator[Tensor]:
+    """What the student is asked at each level, from unit noise [B, steps, ...]: its last answer, noised again."""
     x = torch.zeros_like(noise[:, 0])
     for k, level in enumerate(levels):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and k + 1 == len(levels)):
-            x = student(x + level * noise[:, k], noise.new_full((len(x),), level), labels)
-    return x
+        x_t = x + level * noise[:, k]
+        yield x_t
+        if k + 1 < len(levels):
+            x = student(x_t, x.new_full((len(x),), level), labels)
+
+
+def generate(student: nn.Module, noise: Tensor, labels: Tensor, levels: list[float]) -> Tensor:
+    """The student's samples from unit noise [B, steps, ...]."""
+    *_, x_t = student_inputs(student, noise, labels, levels)
+    return student(x_t, x_t.new_full((len(x_t),), levels[-1]), labels)
 
 
 def guided(teacher: Denoiser, config: Config) -> edm.Denoise:
@@ -124,16 +133,25 @@ class Distillation(Training):
         u = torch.rand(len(labels), generator=self.gen, device=self.gen.device)
         sigma = edm.karras_sigma(u, config.distill_sigma_min, config.sigma_max)
         start = edm.normal((len(labels), config.student_steps, *shape), self.gen)
+        last = torch.arange(len(labels), device=sigma.device) % config.student_steps
         noise, real_noise = (edm.normal(real.shape, self.gen) for _ in range(2))
-        return Draws(*map(ranks.mine, (real, labels, sigma, start, noise, real_noise)))
+        return Draws(*map(ranks.mine, (real, labels, sigma, start, last, noise, real_noise)))
 
-    def critic_losses(self, draws: Draws, steps: int) -> tuple[Tensor, Tensor]:
+    def student_samples(self, draws: Draws) -> Tensor:
+        """Each from the step that it is to train; the steps before run without gradients, on the student's own samples:
+        DMD2's backward simulation (section 4.5)."""
+        with torch.no_grad():
+            inputs = torch.stack([*student_inputs(self.student, draws.start, draws.labels, self.levels)], dim=1)
+        x_t = inputs[torch.arange(len(inputs), device=inputs.device), draws.last]
+        return self.trained_student(x_t, x_t.new_tensor(self.levels)[draws.last], draws.labels)
+
+    def critic_losses(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """The fake score learns to denoise the student's samples; the discriminator tells them from data at the same
         noise level and class, so that its logit is log(real/generated)."""
         sigma, labels = draws.sigma, draws.labels
         with autocast(self.config):
             with torch.no_grad():
-                x = generate(self.student, draws.start, labels, self.levels[:steps])
+                x = self.student_samples(draws)
                 x_t, real_t = (
                     x0 + edm.rows(sigma, x) * noise for x0, noise in ((x, draws.noise), (draws.real, draws.real_noise))
                 )
@@ -143,7 +161,7 @@ class Distillation(Training):
             real_logits, logits = self.trained_head(torch.cat([real_features, features])).chunk(2)
         return fake_loss, fd.gan_discriminator_loss(real_logits, logits)
 
-    def student_losses(self, draws: Draws, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    def student_losses(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted score difference at noised samples, and the GAN loss through the teacher's features.
 
         Returns:
@@ -151,7 +169,7 @@ class Distillation(Training):
         """
         sigma, labels = draws.sigma, draws.labels
         with autocast(self.config):
-            x = generate(self.trained_student, draws.start, labels, self.levels[:steps])
+            x = self.student_samples(draws)
             x_t = x + edm.rows(sigma, x) * draws.noise
             teacher, features = self.teacher.with_features(x_t, sigma, labels)
             guidance: dict[str, Any] = {}
@@ -164,29 +182,28 @@ class Distillation(Training):
         loss, stats = self.loss(x, teacher, fake, logits, sigma.log(), return_stats=True, **guidance)
         return loss, fd.gan_generator_loss(logits), stats.vector
 
-    def apply_student(self, draws: Draws, steps: int) -> tuple[Tensor, Tensor]:
-        loss, gan_loss, stats = self.compute_student(draws, steps)
+    def apply_student(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        loss, gan_loss, stats = self.compute_student(draws)
         self.student_optimizer.update(loss + self.config.gan_weight * gan_loss)
         return gan_loss, stats
 
-    def update_critics(self, step: int, steps: int) -> dict[str, Tensor]:
-        fake_loss, discriminator_loss = self.compute_critics(self.draw(), steps)
+    def update_critics(self, step: int) -> dict[str, Tensor]:
+        fake_loss, discriminator_loss = self.compute_critics(self.draw())
         self.critics_optimizer.schedule(step)
         self.critics_optimizer.update(fake_loss + discriminator_loss)  # which have no parameter in common
         return {"fake_loss": fake_loss, "discriminator_loss": discriminator_loss}
 
-    def update_student(self, step: int, steps: int) -> tuple[Tensor, Tensor]:
+    def update_student(self, step: int) -> tuple[Tensor, Tensor]:
         self.student_optimizer.schedule(step)
-        gan_loss, stats = self.apply_student(self.draw(), steps)
+        gan_loss, stats = self.apply_student(self.draw())
         follow(self.average, self.student, step, self.config.ema)
         return gan_loss, stats
 
     def update(self, step: int) -> Callable[[], Record]:
         """A record holds the statistics by their names in LossStats, and the other losses."""
-        count = self.config.fake_updates
-        for k in range(count):  # the student's steps take turns at being the last one
-            losses = self.update_critics(step, 1 + (step * count + k) % len(self.levels))
-        losses["gan_loss"], stats = self.update_student(step, 1 + step % len(self.levels))
+        for _ in range(self.config.fake_updates):
+            losses = self.update_critics(step)
+        losses["gan_loss"], stats = self.update_student(step)
 
         def read() -> Record:
             values = torch.cat([stats, torch.stack([*losses.values()]).to(stats)])
@@ -201,9 +218,10 @@ class Distillation(Training):
 
     @torch.no_grad()
     def sample(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """Samples of the result from unit noise [N, ...]; further steps take noise of their own, the same each time."""
-        more = (len(noise), len(self.levels) - 1, *self.teacher.shape)
-        start = torch.cat([noise[:, None], edm.normal(more, random_numbers(self.config, "sampling"))], dim=1)
+        """Samples of the result from unit noise [N, ...], which decides the noise of further steps too."""
+        gen = random_numbers(self.config, hashlib.sha256(noise.cpu().numpy().tobytes()).hexdigest())
+        more = edm.normal((len(noise), len(self.levels) - 1, *self.teacher.shape), gen)
+        start = torch.cat([noise[:, None], more], dim=1)
         return generate(self.average, start, labels, self.levels)
 
     @torch.no_grad()
