@@ -139,7 +139,9 @@ def test_logits_are_higher_on_data() -> None:
         noise = edm.normal((len(labels), 1, 8, 8), distillation.gen)
         generated = generate(distillation.student, noise, labels, distillation.levels)
         logits = [
-            distillation.head(teacher.with_features(edm.add_noise(x, sigma, distillation.gen), sigma, labels)[1])
+            distillation.head(
+                teacher.with_features(edm.add_noise(x, sigma, distillation.gen), sigma, labels)[1], 0 * labels
+            )
             for x in (data.held_out, generated)
         ]
     assert logits[0].mean() > 0 > logits[1].mean()

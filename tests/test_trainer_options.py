@@ -105,6 +105,25 @@ def test_levels() -> None:
     assert levels == sorted(levels, reverse=True) and levels[0] == pytest.approx(20)
 
 
+def test_critics_tell_the_steps_apart(data: Data) -> None:
+    """The fake score starts as the teacher at each of them; a step that is not in a batch is not trained."""
+    training = distillation(data, student_steps=2, batch_size=16)
+    draws = training.draw()
+    x, sigma = draws.real_noise, draws.sigma
+    with torch.no_grad():
+        expected = training.teacher(x, sigma, draws.labels)
+        torch.testing.assert_close(training.fake(x, sigma, training.by_step(draws)), expected)
+    first = draws._replace(last=torch.zeros_like(draws.last))
+    training.draw = lambda: first  # type: ignore[method-assign]
+    classes = training.teacher.no_class + 1
+    before = [training.fake.label.weight.detach().clone(), training.head.step.weight.detach().clone()]
+    for step in range(2):
+        training.update_critics(step)
+    moved = [training.fake.label.weight != before[0], training.head.step.weight != before[1]]
+    assert moved[0][:classes].any() and not moved[0][classes:].any()
+    assert moved[1][0].any() and not moved[1][1].any()
+
+
 def test_samples_take_all_steps_and_are_the_same_each_time(data: Data) -> None:
     training = distillation(data, student_steps=3)
     noise, labels = torch.randn(5, 8, 8, generator=torch.Generator().manual_seed(3)), torch.arange(5)
@@ -132,8 +151,8 @@ def test_guided_student_loss_is_that_of_the_guided_teacher(data: Data) -> None:
         x_t = x + edm.rows(draws.sigma, x) * draws.noise
         _, features = training.teacher.with_features(x_t, draws.sigma, draws.labels)
         teacher = guided(training.teacher, training.config)(x_t, draws.sigma, draws.labels)
-        fake = training.fake(x_t, draws.sigma, draws.labels)
-        logits = training.head(features)
+        fake = training.fake(x_t, draws.sigma, training.by_step(draws))
+        logits = training.head(features, draws.last)
         histogram = fd.RatioHistogram(training.loss.histogram.min_t, training.loss.histogram.max_t, 10, 0.9)
         expected = fd.reference.f_distill_loss(x, teacher, fake, logits, draws.sigma.log(), histogram=histogram)
     assert float(loss) == pytest.approx(float(expected), rel=1e-4)

@@ -96,8 +96,13 @@ class Distillation(Training):
         self.levels = student_levels(config)
         self.teacher = copy.deepcopy(teacher).requires_grad_(False)
         self.student, self.fake = (copy.deepcopy(teacher).requires_grad_() for _ in range(2))
+        # Fake score and discriminator are told the step, the former as a further class: they follow what each of them
+        # makes, not the mixture.
+        self.fake.label = nn.Embedding.from_pretrained(
+            teacher.label.weight.repeat(config.student_steps, 1), freeze=False
+        )
         self.average = copy.deepcopy(self.teacher)
-        self.head = initialised(config, lambda: DiscriminatorHead(config.width, config.depth))
+        self.head = initialised(config, lambda: DiscriminatorHead(config.width, config.depth, config.student_steps))
         # The time of the ratio histogram is log(sigma).
         histogram = fd.RatioHistogram(
             math.log(config.distill_sigma_min),
@@ -145,6 +150,10 @@ class Distillation(Training):
         x_t = inputs[torch.arange(len(inputs), device=inputs.device), draws.last]
         return self.trained_student(x_t, x_t.new_tensor(self.levels)[draws.last], draws.labels)
 
+    def by_step(self, draws: Draws) -> Tensor:
+        """The classes that the fake score knows."""
+        return draws.labels + draws.last * (self.teacher.no_class + 1)
+
     def critic_losses(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """The fake score learns to denoise the student's samples; the discriminator tells them from data at the same
         noise level and class, so that its logit is log(real/generated)."""
@@ -157,8 +166,10 @@ class Distillation(Training):
                 )
                 _, real_features = self.teacher.with_features(real_t, sigma, labels)
                 _, features = self.teacher.with_features(x_t, sigma, labels)
-            fake_loss = edm.denoising_loss(self.trained_fake(x_t, sigma, labels), x, sigma, self.data.sigma_data)
-            real_logits, logits = self.trained_head(torch.cat([real_features, features])).chunk(2)
+            fake_loss = edm.denoising_loss(
+                self.trained_fake(x_t, sigma, self.by_step(draws)), x, sigma, self.data.sigma_data
+            )
+            real_logits, logits = self.trained_head(torch.cat([real_features, features]), draws.last.repeat(2)).chunk(2)
         return fake_loss, fd.gan_discriminator_loss(real_logits, logits)
 
     def student_losses(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,11 +185,11 @@ class Distillation(Training):
             teacher, features = self.teacher.with_features(x_t, sigma, labels)
             guidance: dict[str, Any] = {}
             with torch.no_grad():
-                fake = self.fake(x_t, sigma, labels)
+                fake = self.fake(x_t, sigma, self.by_step(draws))
                 if self.config.guidance != 1:
                     without = self.teacher(x_t, sigma, torch.full_like(labels, self.teacher.no_class))
                     guidance = {"teacher_uncond": without, "guidance_scale": self.config.guidance}
-            logits = self.head(features)
+            logits = self.head(features, draws.last)
         loss, stats = self.loss(x, teacher, fake, logits, sigma.log(), return_stats=True, **guidance)
         return loss, fd.gan_generator_loss(logits), stats.vector
 
@@ -232,7 +243,8 @@ class Distillation(Training):
         u = torch.rand(count, generator=gen, device=gen.device)
         sigma = edm.karras_sigma(u, config.distill_sigma_min, config.sigma_max)
         x = self.sample(edm.normal((count, *self.teacher.shape), gen), labels)
-        logits = self.head(self.teacher.with_features(edm.add_noise(x, sigma, gen), sigma, labels)[1])
+        features = self.teacher.with_features(edm.add_noise(x, sigma, gen), sigma, labels)[1]
+        logits = self.head(features, torch.full_like(labels, len(self.levels) - 1))
         self.loss.eval()
         weights = self.loss.weights(logits, sigma.log())
         self.loss.train()
