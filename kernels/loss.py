@@ -21,7 +21,7 @@ import triton.language as tl
 from .memory import deliver, elements, of_sample, place, row
 from .numeric import exponent_of, is_finite, number, power_of_two
 from .summary import summarize
-from .weights import batch_statistics, keep_statistics, nothing, sample_weights
+from .weights import batch_statistics, nothing, sample_weights
 
 # The counters of chunk_kernel: tickets, programs that are done; then [B] chunks measured, [B] chunks finished.
 N_COUNTERS = 2
@@ -202,9 +202,8 @@ def sample_kernel(
     eps: tl.float64,
     guidance_scale: tl.float64,
     identity_alpha: tl.float64,
-    source,  # logits that give the weights (weights.py), or None
-    bins,
-    new_bins,
+    source,  # logits that give the weights, or None
+    histogram,  # (both as in weights.py)
     ratio_stats,  # [3] float64, or None
     heads,
     n_bins,
@@ -231,11 +230,9 @@ def sample_kernel(
     """Sample after sample in one program's registers: each operand is read once."""
     if source is not None:
         numbers = (low, high, min_t, max_t, ema_rate, weight_eps, a_parameter)
-        log_bins, updated, weight_divisor, ratio_sum, n_below, n_above, n_counted = batch_statistics(
-            source, bins, B, heads, n_bins, numbers, KIND, NORMALIZE, BINS, ROWS
+        weight_divisor = batch_statistics(
+            source, histogram, ratio_stats, B, heads, n_bins, numbers, KIND, NORMALIZE, BINS, ROWS
         )
-        if tl.program_id(0) == 0:
-            keep_statistics(new_bins, ratio_stats, n_bins, updated, ratio_sum, n_below, n_above, n_counted, BINS)
 
     x, teacher, fake, uncond, x_t, mask, weight, alpha, sigma, guidance, normalizer = inputs
     loss, scale, stats = results
@@ -247,7 +244,7 @@ def sample_kernel(
             one = b + tl.arange(0, 1)
             w = tl.sum(
                 sample_weights(
-                    source, heads, n_bins, numbers, one, one < B, log_bins, weight_divisor, KIND, BINS, WEIGHT_ZERO
+                    source, histogram, heads, n_bins, numbers, one, one < B, weight_divisor, KIND, WEIGHT_ZERO
                 )
             )
         else:

@@ -38,7 +38,6 @@ from ._shared import batched, histogram_buffers, in_dtype_of, is_dense, plain, s
 
 name = "triton"
 
-MAX_BINS = 1024
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _PREDICTIONS, _REDUCTIONS = tuple(PREDICTIONS), tuple(REDUCTIONS)
 _NORMALIZERS = tuple(map(str, NORMALIZERS))
@@ -51,6 +50,7 @@ _CHUNK_BYTES = 8192  # of an operand, in a program that works on a part of a sam
 _PARTS = 512  # chunks of a sample, at most
 _INLINE_LOGITS = 4096  # above, the weights get a launch of their own
 _INLINE_BINS = 32
+_TILE_BINS = 256  # held at once
 
 
 class Device(NamedTuple):
@@ -142,6 +142,12 @@ class _Weights(NamedTuple):
     def n_bins(self) -> int:
         return 0 if self.bins is None else self.bins.numel()
 
+    def histogram(self, programs: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        if self.bins is None or self.new_bins is None:
+            return None
+        scratch = torch.empty(programs * self.n_bins, dtype=torch.float64, device=self.bins.device)
+        return self.bins, self.new_bins, scratch
+
     @property
     def fit_beside_a_sample(self) -> bool:
         return self.batch * self.heads <= _INLINE_LOGITS and self.n_bins <= _INLINE_BINS
@@ -155,13 +161,11 @@ def _weights(logits: Tensor, t: Tensor | None, bins: Tensor | None, params: Weig
             t = t.double()
     bins, new_bins = histogram_buffers(bins)
     n_bins = 0 if bins is None else bins.numel()
-    if n_bins > MAX_BINS:
-        raise ValueError(f"histogram has {n_bins} bins; the back end 'triton' takes {MAX_BINS} at most")
     heads, head_stride = (logits.shape[1], logits.stride(1)) if logits.ndim == 2 else (1, 1)
     constants = {
         "KIND": params.kind,
         "NORMALIZE": params.normalize,
-        "BINS": 0 if bins is None else max(16, triton.next_power_of_2(n_bins)),
+        "BINS": 1 if bins is None else min(_TILE_BINS, max(16, triton.next_power_of_2(n_bins))),
     }
     numbers = (params.low, params.high, params.min_t, params.max_t, params.ema_rate, params.eps, params.a)
     source = (logits, (logits.stride(0), head_stride), t, 0 if t is None else t.stride(0))
@@ -188,17 +192,16 @@ def _compute_weights(w: _Weights, zero: bool) -> tuple[Tensor, Tensor]:
     logits = w.source[0]
     weights = torch.empty(logits.shape[:1], dtype=compute_dtype(logits), device=logits.device)
     ratio_stats = torch.empty(3, dtype=torch.float64, device=logits.device)
-    rows = 512 if not w.constants["BINS"] else min(512, max(32, 8192 // w.constants["BINS"]))
+    rows = min(512, 8192 // w.constants["BINS"])
     launch(
         f_weights_kernel,
         1,
         logits.device,
         Program(rows, 256, 255),
         w.source,
-        w.bins,
-        w.new_bins,
-        weights,
+        w.histogram(1),
         ratio_stats,
+        weights,
         w.batch,
         w.heads,
         w.n_bins,
@@ -388,7 +391,7 @@ def _loss(
             N,
             *found.inner,
             *numbers,
-            *_NO_LOGITS if logits is None else (logits.source, logits.bins, logits.new_bins),
+            *(None, None) if logits is None else (logits.source, logits.histogram(grid)),
             ratio_stats,
             *(1, 0, *_NO_NUMBERS) if logits is None else (logits.heads, logits.n_bins, *logits.numbers),
             **constants,
@@ -443,9 +446,8 @@ def _loss(
     return loss, scale, stats
 
 
-_NO_LOGITS = (None, None, None)
 _NO_NUMBERS = (0.0,) * 7
-_NO_WEIGHTS = {"KIND": 0, "NORMALIZE": False, "BINS": 0}
+_NO_WEIGHTS = {"KIND": 0, "NORMALIZE": False, "BINS": 1}
 
 
 def distribution_matching(
