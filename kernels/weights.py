@@ -216,8 +216,8 @@ def f_weights_kernel(
     a: tl.float64,
     KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    ZERO: tl.constexpr,
     BINS: tl.constexpr,
+    WEIGHT_ZERO: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """One program."""
@@ -227,5 +227,5 @@ def f_weights_kernel(
     for first in range(0, B, ROWS):
         samples = first + lane
         inside = samples < B
-        w = sample_weights(source, histogram, heads, n_bins, numbers, samples, inside, divisor, KIND, ZERO)
+        w = sample_weights(source, histogram, heads, n_bins, numbers, samples, inside, divisor, KIND, WEIGHT_ZERO)
         tl.store(weights + samples, w.to(weights.dtype.element_ty), mask=inside)
