@@ -98,6 +98,7 @@ def variants(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, dict[str, 
         "no normaliser": {"normalizer": None},
         "given normaliser": {"normalizer": rows[:, 0]},
         "guided": guided,
+        "guided alike": {**guided, "guidance_scale": 2.5},
         "converted": {"prediction": "v", **schedule},
         "all": {"prediction": "eps", **schedule, **guided, "mask": mask, "weight": rows, "nonfinite": "zero"},
     }
@@ -141,7 +142,7 @@ def test_float16_gradients_fill_their_range(reduction: str, parts: bool, monkeyp
         loss = fd.distribution_matching_loss(**found, **more, reduction=reduction)
         for tensor in found.values():
             tensor.requires_grad_()
-        identity = fd.score_identity_loss(**found, **more, reduction=reduction)
+        identity = fd.score_identity_loss(**found, **more, reduction=reduction, alpha=-9.0)
     for node in (loss.grad_fn, identity.grad_fn):
         _, *gradients = node.saved_tensors
         most = torch.stack([gradient.float().abs().amax((1, 2, 3)) for gradient in gradients]).amax(0)
