@@ -21,7 +21,7 @@ import triton.language as tl
 from .memory import deliver, elements, of_sample, place, row
 from .numeric import exponent_of, is_finite, number, power_of_two
 from .summary import summarize
-from .weights import batch_statistics, keep_statistics, nothing, sample_weights
+from .weights import batch_statistics, nothing, sample_weights
 
 # The counters of chunk_kernel: tickets, programs that are done; then [B] chunks measured, [B] chunks finished.
 N_COUNTERS = 2
@@ -190,11 +190,10 @@ def sample_kernel(
     inputs,
     targets,
     results,
-    samples,  # [FIELDS, B] float64, scratch
-    exited,  # int64, 0 before and after
     count,  # int64: elements on the mask, where the loss is a mean over them all; else None
     weight_rows,  # the weight's rows, densely, for the statistics; None for none
     n_weight_rows,
+    ratio_stats,  # [3] float64, or None
     B,
     N,
     n2,
@@ -202,10 +201,10 @@ def sample_kernel(
     eps: tl.float64,
     guidance_scale: tl.float64,
     identity_alpha: tl.float64,
-    source,  # logits that give the weights (weights.py), or None
-    bins,
-    new_bins,
-    ratio_stats,  # [3] float64, or None
+    samples,  # [FIELDS, B] float64, scratch
+    exited,  # int64, 0 before and after
+    source,  # logits that give the weights, or None
+    histogram,  # (both as in weights.py)
     heads,
     n_bins,
     low: tl.float64,
@@ -231,11 +230,9 @@ def sample_kernel(
     """Sample after sample in one program's registers: each operand is read once."""
     if source is not None:
         numbers = (low, high, min_t, max_t, ema_rate, weight_eps, a_parameter)
-        log_bins, updated, weight_divisor, ratio_sum, n_below, n_above, n_counted = batch_statistics(
-            source, bins, B, heads, n_bins, numbers, KIND, NORMALIZE, BINS, ROWS
+        weight_divisor = batch_statistics(
+            source, histogram, ratio_stats, B, heads, n_bins, numbers, KIND, NORMALIZE, BINS, ROWS
         )
-        if tl.program_id(0) == 0:
-            keep_statistics(new_bins, ratio_stats, n_bins, updated, ratio_sum, n_below, n_above, n_counted, BINS)
 
     x, teacher, fake, uncond, x_t, mask, weight, alpha, sigma, guidance, normalizer = inputs
     loss, scale, stats = results
@@ -247,7 +244,7 @@ def sample_kernel(
             one = b + tl.arange(0, 1)
             w = tl.sum(
                 sample_weights(
-                    source, heads, n_bins, numbers, one, one < B, log_bins, weight_divisor, KIND, BINS, WEIGHT_ZERO
+                    source, histogram, heads, n_bins, numbers, one, one < B, weight_divisor, KIND, WEIGHT_ZERO
                 )
             )
         else:
@@ -296,18 +293,20 @@ def sample_kernel(
 
 
 @triton.jit
+def block_of(chunk, step, BLOCK: tl.constexpr):
+    """A block (memory.py) of a chunk, which is (sample, first element, number of blocks, N, n2, n3)."""
+    b, first, _steps, N, n2, n3 = chunk
+    start = first + step * BLOCK
+    lane = tl.arange(0, BLOCK)
+    return b, start, lane, lane < N - start, n2, n3
+
+
+@triton.jit
 def measure_chunk(
     inputs,
     measured,
-    b,
     chunk,
-    steps,
-    lane,
-    N,
-    n2,
-    n3,
-    guidance_scale,
-    identity_alpha,
+    numbers,
     HALF: tl.constexpr,
     C: tl.constexpr,
     PREDICTION: tl.constexpr,
@@ -318,10 +317,10 @@ def measure_chunk(
 ):
     """Stores the sum of |x - T| and, for float16 gradients, the largest derivative times n_b + eps."""
     x, teacher, fake, uncond, x_t, mask, weight, alpha, sigma, guidance, _normalizer = inputs
+    _eps, guidance_scale, identity_alpha = numbers
     apart, most = nothing(), nothing()
-    for step in range(steps):
-        start = (chunk * steps + step) * BLOCK
-        block = (b, start, lane, lane < N - start, n2, n3)
+    for step in range(chunk[2]):
+        block = block_of(chunk, step, BLOCK)
         a, c = x0_coefficients(alpha, sigma, block, PREDICTION)
         T = teacher_prediction(teacher, uncond, guidance, guidance_scale, block, C, "evict_last")
         X = T if x is None else elements(x, block, C, "evict_last" if IDENTITY else "evict_first")
@@ -344,19 +343,11 @@ def finish_chunk(
     targets,
     results,
     finished,
-    b,
     chunk,
-    steps,
-    lane,
-    N,
-    n2,
-    n3,
+    numbers,
     n,
     divisor,
     half,
-    eps,
-    guidance_scale,
-    identity_alpha,
     C: tl.constexpr,
     PREDICTION: tl.constexpr,
     ZERO: tl.constexpr,
@@ -365,11 +356,11 @@ def finish_chunk(
 ):
     """Stores the derivatives of a chunk, and its sums."""
     x, teacher, fake, uncond, _x_t, mask, weight, alpha, sigma, guidance, _normalizer = inputs
+    eps, guidance_scale, identity_alpha = numbers
     stats = results[2]
     term_sum, squares, absolute, n_bad, n_on = nothing(), nothing(), nothing(), nothing(), nothing()
-    for step in range(steps):
-        start = (chunk * steps + step) * BLOCK
-        block = (b, start, lane, lane < N - start, n2, n3)
+    for step in range(chunk[2]):
+        block = block_of(chunk, step, BLOCK)
         w = row(weight, block, 1.0)
         _a, c = x0_coefficients(alpha, sigma, block, PREDICTION)
         T = teacher_prediction(teacher, uncond, guidance, guidance_scale, block, C, "evict_first")
@@ -395,9 +386,10 @@ def finish_chunk(
 
 
 @triton.jit
-def part_sum(parts, stride: tl.constexpr, n, PARTS: tl.constexpr):
+def parts_of(first, stride: tl.constexpr, n, PARTS: tl.constexpr):
+    """What other programs have stored for n chunks; then zeros."""
     part = tl.arange(0, PARTS)
-    return tl.sum(tl.load(parts + part * stride, mask=part < n, other=0.0, cache_modifier=".cg"))
+    return tl.load(first + part * stride, mask=part < n, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit(
@@ -408,25 +400,25 @@ def chunk_kernel(
     inputs,
     targets,
     results,
-    samples,  # [FIELDS, B] float64, scratch
-    measured,  # [B, chunks, 2] float64, scratch
-    finished,  # [B, chunks, 5] float64, scratch
-    counters,  # [2 + 2 B] int64, 0 before and after
     count,  # int64 [] or [B]: elements on the mask, where the loss is a mean over them; else None
-    weight_rows,  # the weight's rows, densely, for the statistics; None for none
+    weight_rows,  # (this and the next two as above)
     n_weight_rows,
-    ratio_stats,  # [3] float64, or None
+    ratio_stats,
     B,
     N,
     n2,
     n3,
+    eps: tl.float64,
+    guidance_scale: tl.float64,
+    identity_alpha: tl.float64,
+    samples,  # [FIELDS, B] float64, scratch
+    measured,  # [B, chunks, 2] float64, scratch
+    finished,  # [B, chunks, 5] float64, scratch
+    counters,  # [2 + 2 B] int64, 0 before and after
     chunks,  # of a sample, at most PARTS
     steps,  # blocks of a chunk
     group,  # samples
     groups,
-    eps: tl.float64,
-    guidance_scale: tl.float64,
-    identity_alpha: tl.float64,
     C: tl.constexpr,
     PREDICTION: tl.constexpr,
     NORM: tl.constexpr,
@@ -456,33 +448,15 @@ def chunk_kernel(
         measures = turn < 0
         of = turn
     b = of * group + ticket % (group * chunks) // chunks
-    chunk = ticket % chunks
-    lane = tl.arange(0, BLOCK)
+    index = ticket % chunks
+    chunk = (b, index * steps * BLOCK, steps, N, n2, n3)
+    numbers = (eps, guidance_scale, identity_alpha)
     if b < B:
         n_measured = counters + 2 + b
         n_finished = n_measured + B
-        own = measured + (b * chunks + chunk) * 2
+        own = measured + (b * chunks + index) * 2
         if measures:
-            measure_chunk(
-                inputs,
-                own,
-                b,
-                chunk,
-                steps,
-                lane,
-                N,
-                n2,
-                n3,
-                guidance_scale,
-                identity_alpha,
-                HALF,
-                C,
-                PREDICTION,
-                NORM,
-                ZERO,
-                IDENTITY,
-                BLOCK,
-            )
+            measure_chunk(inputs, own, chunk, numbers, HALF, C, PREDICTION, NORM, ZERO, IDENTITY, BLOCK)
             tl.debug_barrier()
             tl.atomic_add(n_measured, 1, sem="release")
         else:
@@ -494,43 +468,22 @@ def chunk_kernel(
                     pass
                 first = measured + b * chunks * 2
                 if NORM == "mean_abs":
-                    n = part_sum(first, 2, chunks, PARTS) / N
+                    n = tl.sum(parts_of(first, 2, chunks, PARTS)) / N
                 if HALF:
-                    part = tl.arange(0, PARTS)
-                    most = tl.load(first + 1 + part * 2, mask=part < chunks, other=0.0, cache_modifier=".cg")
-                    half = half_exponent(tl.max(most) / (n + number(eps, tl.float64)) / divisor)
+                    most = tl.max(parts_of(first + 1, 2, chunks, PARTS))
+                    half = half_exponent(most / (n + number(eps, tl.float64)) / divisor)
+            kept = finished + (b * chunks + index) * 5
             finish_chunk(
-                inputs,
-                targets,
-                results,
-                finished + (b * chunks + chunk) * 5,
-                b,
-                chunk,
-                steps,
-                lane,
-                N,
-                n2,
-                n3,
-                n,
-                divisor,
-                half,
-                eps,
-                guidance_scale,
-                identity_alpha,
-                C,
-                PREDICTION,
-                ZERO,
-                IDENTITY,
-                BLOCK,
+                inputs, targets, results, kept, chunk, numbers, n, divisor, half, C, PREDICTION, ZERO, IDENTITY, BLOCK
             )
             tl.debug_barrier()
             if tl.atomic_add(n_finished, 1, sem="acq_rel") == chunks - 1:  # the sample's last chunk
                 sums = finished + b * chunks * 5
-                term_sum = part_sum(sums, 5, chunks, PARTS)
+                term_sum = tl.sum(parts_of(sums, 5, chunks, PARTS))
                 keep_sample(results, samples, b, B, term_sum, divisor, half, REDUCTION)
                 if stats is not None:
                     for field in tl.static_range(1, 5):
-                        tl.store(samples + field * B + b, part_sum(sums + field, 5, chunks, PARTS))
+                        tl.store(samples + field * B + b, tl.sum(parts_of(sums + field, 5, chunks, PARTS)))
                     tl.store(samples + 5 * B + b, n)
                 tl.store(n_measured, 0)
                 tl.store(n_finished, 0)

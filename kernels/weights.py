@@ -5,6 +5,9 @@ order, in float64: no atomics, no second launch.
 
 ``source`` is (logits [B, heads], their strides, t [B] or None, its stride); ``numbers`` are the floats of WeightParams
 (fdistill_ops/params.py), which a kernel takes one by one: (low, high, min_t, max_t, ema_rate, eps, a).
+
+``histogram`` is None or (bins, new_bins, log_bins): the old and the new one, float32, and scratch [programs, n_bins],
+float64, for log(bin + eps) of the new one before it is rounded. Of many bins a program holds but a part at a time.
 """
 
 from __future__ import annotations
@@ -79,21 +82,20 @@ def time_bins(source, n_bins, numbers, samples, inside):
 
 
 @triton.jit
-def history(source, n_bins, numbers, samples, inside, log_bins, slot):
-    """log(bin + eps) of each sample's bin."""
-    mine = time_bins(source, n_bins, numbers, samples, inside)
-    return tl.sum(tl.where(mine[:, None] == slot[None, :], log_bins[None, :], 0.0), 1)
-
-
-@triton.jit
 def total(values):
     return tl.sum(values.to(tl.float64), 0)
 
 
 @triton.jit
+def nothing():
+    return tl.zeros((), tl.float64)
+
+
+@triton.jit
 def batch_statistics(
     source,
-    bins,
+    histogram,
+    ratio_stats,
     B,
     heads,
     n_bins,
@@ -103,39 +105,45 @@ def batch_statistics(
     BINS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """What the weights of a batch share: log(bin + eps) [BINS], the new bins [BINS], the divisor of h; and for the
-    statistics the sum of the ratios, how many were clamped from below, from above, how many count. BINS is n_bins
-    rounded up to a power of two, 0 where there is no histogram."""
+    """What the weights of a batch share: the histogram, BINS of it at a time, and the divisor of h, which is returned.
+    The first program also keeps the new bins and [ratio mean, fraction clamped from below, from above]."""
     lane = tl.arange(0, ROWS)
-    slot = tl.arange(0, BINS if BINS else 1)
-    ratio_sum, n_below, n_above, n_counted = nothing(), nothing(), nothing(), nothing()
-    bin_count = tl.zeros(slot.shape, tl.float64)
-    bin_sum = tl.zeros(slot.shape, tl.float64)
-    for first in range(0, B, ROWS):
-        samples = first + lane
-        inside = samples < B
-        log_r, counts, below, above = log_ratios(source, heads, numbers, samples, inside)
-        ratio = tl.where(counts, tl.exp(tl.minimum(log_r, 88.0)), 0.0)  # bounded, so that the sums stay finite
-        ratio_sum += total(ratio)
-        n_below += total(below)
-        n_above += total(above)
-        n_counted += total(counts)
-        if BINS:
-            mine = time_bins(source, n_bins, numbers, samples, inside)
-            member = (mine[:, None] == slot[None, :]) & counts[:, None]
-            bin_count += total(member)
-            bin_sum += total(tl.where(member, ratio[:, None], 0.0))
-
-    # bins[i] <- ema bins[i] + (1 - ema) mean_i where count_i > 0
     eps = number(numbers[5], tl.float64)
-    new_bins = tl.full(slot.shape, 1.0, tl.float64)
-    if BINS:
-        old = tl.load(bins + slot, mask=slot < n_bins, other=1.0).to(tl.float64)
-        old = tl.where(is_finite(old) & (old >= 0), old, 1.0)  # otherwise never filled
-        ema_rate = number(numbers[4], tl.float64)
-        mixed = ema_rate * old + (1.0 - ema_rate) * (bin_sum / tl.maximum(bin_count, 1.0))
-        new_bins = tl.where(bin_count > 0, mixed, old)
-    log_bins = tl.log(new_bins + eps)
+    keeps = tl.program_id(0) == 0
+    ratio_sum, n_below, n_above, n_counted = nothing(), nothing(), nothing(), nothing()
+    for first_bin in range(0, tl.maximum(n_bins, 1), BINS):
+        slot = first_bin + tl.arange(0, BINS)
+        ratio_sum, n_below, n_above, n_counted = nothing(), nothing(), nothing(), nothing()  # as for the other bins
+        bin_count = tl.zeros([BINS], tl.float64)
+        bin_sum = tl.zeros([BINS], tl.float64)
+        for first in range(0, B, ROWS):
+            samples = first + lane
+            inside = samples < B
+            log_r, counts, below, above = log_ratios(source, heads, numbers, samples, inside)
+            ratio = tl.where(counts, tl.exp(tl.minimum(log_r, 88.0)), 0.0)  # bounded, so that the sums stay finite
+            ratio_sum += total(ratio)
+            n_below += total(below)
+            n_above += total(above)
+            n_counted += total(counts)
+            if histogram is not None:
+                mine = time_bins(source, n_bins, numbers, samples, inside)
+                member = (mine[:, None] == slot[None, :]) & counts[:, None]
+                bin_count += total(member)
+                bin_sum += total(tl.where(member, ratio[:, None], 0.0))
+        if histogram is not None:  # bins[i] <- ema bins[i] + (1 - ema) mean_i where count_i > 0
+            bins, new_bins, log_bins = histogram
+            old = tl.load(bins + slot, mask=slot < n_bins, other=1.0).to(tl.float64)
+            old = tl.where(is_finite(old) & (old >= 0), old, 1.0)  # otherwise never filled
+            ema_rate = number(numbers[4], tl.float64)
+            mixed = ema_rate * old + (1.0 - ema_rate) * (bin_sum / tl.maximum(bin_count, 1.0))
+            new = tl.where(bin_count > 0, mixed, old)
+            tl.store(own_bins(log_bins, n_bins) + slot, tl.log(new + eps), mask=slot < n_bins)
+            tl.store(new_bins + slot, new.to(tl.float32), mask=(slot < n_bins) & keeps)
+    tl.store(ratio_stats, ratio_sum / n_counted, mask=keeps)
+    tl.store(ratio_stats + 1, n_below / n_counted, mask=keeps)
+    tl.store(ratio_stats + 2, n_above / n_counted, mask=keeps)
+    if histogram is not None:
+        tl.debug_barrier()  # what a thread reads of the bins, others have written
 
     # w <- w / (mean w + eps)
     divisor = tl.full((), 1.0, tl.float64)
@@ -143,42 +151,46 @@ def batch_statistics(
         h_sum, n_finite = nothing(), nothing()
         for first in range(0, B, ROWS):
             samples = first + lane
-            inside = samples < B
-            log_r, counts, _, _ = log_ratios(source, heads, numbers, samples, inside)
-            if BINS:
-                log_r -= history(source, n_bins, numbers, samples, inside, log_bins, slot)
-            h = h_of(KIND, log_r, numbers[6])
+            h, counts = unnormalized(source, histogram, heads, n_bins, numbers, samples, samples < B, KIND)
             counts = counts & is_finite(h)
             h_sum += total(tl.where(counts, h, 0.0))
             n_finite += total(counts)
         divisor = h_sum / tl.maximum(n_finite, 1.0) + eps
-    return log_bins, new_bins, divisor, ratio_sum, n_below, n_above, n_counted
+    return divisor
 
 
 @triton.jit
-def nothing():
-    return tl.zeros((), tl.float64)
+def own_bins(log_bins, n_bins):
+    """log(bin + eps) of every bin, as this program wrote them."""
+    return log_bins + tl.program_id(0).to(tl.int64) * n_bins
+
+
+@triton.jit
+def unnormalized(source, histogram, heads, n_bins, numbers, samples, inside, KIND: tl.constexpr):
+    """h of some samples, with the histogram of batch_statistics; and whether they count."""
+    log_r, counts, _, _ = log_ratios(source, heads, numbers, samples, inside)
+    if histogram is not None:
+        mine = time_bins(source, n_bins, numbers, samples, inside)
+        log_r -= tl.load(own_bins(histogram[2], n_bins) + mine, mask=inside, other=0.0)
+    return h_of(KIND, log_r, numbers[6]), counts
 
 
 @triton.jit
 def sample_weights(
     source,
+    histogram,
     heads,
     n_bins,
     numbers,
     samples,
     inside,
-    log_bins,
     divisor,
     KIND: tl.constexpr,
-    BINS: tl.constexpr,
     ZERO: tl.constexpr,
 ):
     """The weights of some samples, rounded to float32 unless the logits are float64, as float64."""
-    log_r, counts, _, _ = log_ratios(source, heads, numbers, samples, inside)
-    if BINS:
-        log_r -= history(source, n_bins, numbers, samples, inside, log_bins, tl.arange(0, BINS))
-    w = tl.where(counts, h_of(KIND, log_r, numbers[6]) / divisor, float("nan"))
+    h, counts = unnormalized(source, histogram, heads, n_bins, numbers, samples, inside, KIND)
+    w = tl.where(counts, h / divisor, float("nan"))
     if source[0].dtype.element_ty != tl.float64:
         w = w.to(tl.float32).to(tl.float64)
     if ZERO:
@@ -186,24 +198,12 @@ def sample_weights(
     return w
 
 
-@triton.jit
-def keep_statistics(new_bins, ratio_stats, n_bins, updated, ratio_sum, n_below, n_above, n_counted, BINS: tl.constexpr):
-    """Stores the new histogram, and [ratio mean, fraction clamped from below, from above]."""
-    if BINS:
-        slot = tl.arange(0, BINS)
-        tl.store(new_bins + slot, updated.to(tl.float32), mask=slot < n_bins)
-    tl.store(ratio_stats, ratio_sum / n_counted)
-    tl.store(ratio_stats + 1, n_below / n_counted)
-    tl.store(ratio_stats + 2, n_above / n_counted)
-
-
 @triton.jit(do_not_specialize=["B", "heads", "n_bins"])
 def f_weights_kernel(
     source,
-    bins,  # [n_bins] float32, or None
-    new_bins,  # [n_bins] float32, or None
-    weights,  # [B]
+    histogram,
     ratio_stats,  # [3] float64
+    weights,  # [B]
     B,
     heads,
     n_bins,
@@ -216,19 +216,16 @@ def f_weights_kernel(
     a: tl.float64,
     KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    ZERO: tl.constexpr,
     BINS: tl.constexpr,
+    WEIGHT_ZERO: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """One program."""
     numbers = (low, high, min_t, max_t, ema_rate, eps, a)
-    log_bins, updated, divisor, ratio_sum, n_below, n_above, n_counted = batch_statistics(
-        source, bins, B, heads, n_bins, numbers, KIND, NORMALIZE, BINS, ROWS
-    )
-    keep_statistics(new_bins, ratio_stats, n_bins, updated, ratio_sum, n_below, n_above, n_counted, BINS)
+    divisor = batch_statistics(source, histogram, ratio_stats, B, heads, n_bins, numbers, KIND, NORMALIZE, BINS, ROWS)
     lane = tl.arange(0, ROWS)
     for first in range(0, B, ROWS):
         samples = first + lane
         inside = samples < B
-        w = sample_weights(source, heads, n_bins, numbers, samples, inside, log_bins, divisor, KIND, BINS, ZERO)
+        w = sample_weights(source, histogram, heads, n_bins, numbers, samples, inside, divisor, KIND, WEIGHT_ZERO)
         tl.store(weights + samples, w.to(weights.dtype.element_ty), mask=inside)

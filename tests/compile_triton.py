@@ -44,8 +44,9 @@ FEW_CALLS = (
     "mixed",
     "score identity",
     "backward",
-    "500 bins",
-    "1000 bins",
+    "32 bins",
+    "many bins",
+    "many bins, float64",
 )
 
 
@@ -110,9 +111,6 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, batch: int = 4) -> dict[st
         params = LossParams(prediction=2 if "x_t" in tensors else 0, reduction=reduction, need_stats=True)
         return lambda: backend.distribution_matching(*inputs, tuple(map(tensors.get, names)), params, True)
 
-    def many_bins(n: int) -> Any:
-        return lambda: backend.f_weights(logits, t, torch.ones(n), WeightParams())
-
     none = (None,) * 8
     plain, counted = LossParams(), LossParams(need_stats=True)
     return {
@@ -131,8 +129,9 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, batch: int = 4) -> dict[st
         "rows": matching(weight=rows, x_t=x_t, alpha=rows, sigma=schedule),
         "mixed": matching((x, teacher.to(other), fake.to(other))),
         "score identity": lambda: backend.score_identity(*inputs, schedule, None, None, counted, [True] * 3),
-        "500 bins": many_bins(500),
-        "1000 bins": many_bins(1000),
+        "32 bins": lambda: backend.f_distill(*inputs, logits, t, torch.ones(32), none, WeightParams(), counted, True),
+        "many bins": lambda: backend.f_weights(logits, t, torch.ones(1000), WeightParams()),
+        "many bins, float64": lambda: backend.f_weights(logits.double(), t, torch.ones(1000), WeightParams()),
         "backward": lambda: backend.scale_gradient(x, torch.ones(batch), torch.ones(()), False),
     }
 

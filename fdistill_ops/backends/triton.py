@@ -32,13 +32,12 @@ from ..kernels.summary import FIELDS as SCRATCH_FIELDS
 from ..kernels.weights import f_weights_kernel
 from ..params import NORMALIZERS, PREDICTIONS, REDUCTIONS, LossParams, WeightParams
 from ..predictions import rows_like
-from ..stats import FIELDS
+from ._functions import Functions
 from ._layout import Strides, plan
-from ._shared import batched, histogram_buffers, in_dtype_of, is_dense, plain, scaled
+from ._shared import batched, histogram_buffers, is_dense, plain, scaled
 
 name = "triton"
 
-MAX_BINS = 1024
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _PREDICTIONS, _REDUCTIONS = tuple(PREDICTIONS), tuple(REDUCTIONS)
 _NORMALIZERS = tuple(map(str, NORMALIZERS))
@@ -51,6 +50,7 @@ _CHUNK_BYTES = 8192  # of an operand, in a program that works on a part of a sam
 _PARTS = 512  # chunks of a sample, at most
 _INLINE_LOGITS = 4096  # above, the weights get a launch of their own
 _INLINE_BINS = 32
+_TILE_BINS = 256  # held at once
 
 
 class Device(NamedTuple):
@@ -142,30 +142,16 @@ class _Weights(NamedTuple):
     def n_bins(self) -> int:
         return 0 if self.bins is None else self.bins.numel()
 
+    def histogram(self, programs: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """As so many programs take it."""
+        if self.bins is None or self.new_bins is None:
+            return None
+        scratch = torch.empty(programs * self.n_bins, dtype=torch.float64, device=self.bins.device)
+        return self.bins, self.new_bins, scratch
+
     @property
     def fit_beside_a_sample(self) -> bool:
         return self.batch * self.heads <= _INLINE_LOGITS and self.n_bins <= _INLINE_BINS
-
-
-def _weights(logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams) -> _Weights:
-    logits = plain(logits)
-    if t is not None:
-        t = plain(t)
-        if t.dtype not in _TIME_DTYPES:
-            t = t.double()
-    bins, new_bins = histogram_buffers(bins)
-    n_bins = 0 if bins is None else bins.numel()
-    if n_bins > MAX_BINS:
-        raise ValueError(f"histogram has {n_bins} bins; the back end 'triton' takes {MAX_BINS} at most")
-    heads, head_stride = (logits.shape[1], logits.stride(1)) if logits.ndim == 2 else (1, 1)
-    constants = {
-        "KIND": params.kind,
-        "NORMALIZE": params.normalize,
-        "BINS": 0 if bins is None else max(16, triton.next_power_of_2(n_bins)),
-    }
-    numbers = (params.low, params.high, params.min_t, params.max_t, params.ema_rate, params.eps, params.a)
-    source = (logits, (logits.stride(0), head_stride), t, 0 if t is None else t.stride(0))
-    return _Weights(source, bins, new_bins, heads, numbers, constants)
 
 
 _TIME_DTYPES = frozenset(
@@ -181,41 +167,6 @@ _TIME_DTYPES = frozenset(
         torch.int64,
     )
 )
-
-
-def _compute_weights(w: _Weights, zero: bool) -> tuple[Tensor, Tensor]:
-    """[B] weights, [3] statistics of the ratios."""
-    logits = w.source[0]
-    weights = torch.empty(logits.shape[:1], dtype=compute_dtype(logits), device=logits.device)
-    ratio_stats = torch.empty(3, dtype=torch.float64, device=logits.device)
-    rows = 512 if not w.constants["BINS"] else min(512, max(32, 8192 // w.constants["BINS"]))
-    launch(
-        f_weights_kernel,
-        1,
-        logits.device,
-        Program(rows, 256, 255),
-        w.source,
-        w.bins,
-        w.new_bins,
-        weights,
-        ratio_stats,
-        w.batch,
-        w.heads,
-        w.n_bins,
-        *w.numbers,
-        **w.constants,
-        ZERO=zero,
-        ROWS=rows,
-    )
-    return weights, ratio_stats
-
-
-def f_weights(
-    logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    arguments = _weights(logits, t, bins, params)
-    weights, ratio_stats = _compute_weights(arguments, params.zero_nonfinite)
-    return weights, in_dtype_of(bins, arguments.new_bins), ratio_stats
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -298,129 +249,106 @@ def _chunk_program(itemsize: int, dtype: torch.dtype, heavy: bool, rows: bool) -
     return Program(block // 2 if heavy else block, 256, 168 if rows else 128)
 
 
-def _loss(
-    inputs: Sequence[Tensor],
-    tensors: OptionalTensors,
-    params: LossParams,
-    targets: Sequence[Tensor | None],
-    logits: _Weights | None = None,
-    zero_weights: bool = False,
-    identity: bool = False,
-    with_scale: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Runs the kernels. The loss, the scale of float16 gradients (None without such), the statistics (None unless
-    wanted)."""
-    x, teacher, fake, weight, uncond, guidance, mask, x_t, alpha, sigma, normalizer = (
-        tensor if tensor is None else plain(tensor) for tensor in (*inputs, *tensors)
-    )
-    assert x is not None and teacher is not None and fake is not None
-    dtype, device = compute_dtype(x, teacher, fake, uncond, x_t), x.device
-    B, N = x.shape[0], math.prod(x.shape[1:])
-    measures = params.normalizer == _MEAN_ABS
+# --------------------------------------------------------------------------------------------------- the two entries
 
-    loss = torch.empty((B,) if params.reduction == _SAMPLE else (), dtype=dtype, device=device)
-    half = with_scale and any(target is not None and target.dtype is torch.float16 for target in targets)
-    scale = torch.empty(B, dtype=dtype, device=device) if half else None
-    stats = torch.empty(len(FIELDS), dtype=dtype, device=device) if params.need_stats else None
 
-    elementwise = [
-        x if measures or identity else None,
-        teacher,
-        fake,
-        uncond,
-        x_t if measures else None,
-        None if mask is None else mask.view(torch.uint8),
-    ]
+class Triton(Functions):
+    def weight_arguments(
+        self, logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
+    ) -> tuple[_Weights, Tensor | None]:
+        logits = plain(logits)
+        if t is not None:
+            t = plain(t)
+            if t.dtype not in _TIME_DTYPES:
+                t = t.double()
+        bins, new_bins = histogram_buffers(bins)
+        n_bins = 0 if bins is None else bins.numel()
+        heads, head_stride = (logits.shape[1], logits.stride(1)) if logits.ndim == 2 else (1, 1)
+        constants = {
+            "KIND": params.kind,
+            "WEIGHT_ZERO": params.zero_nonfinite,
+            "NORMALIZE": params.normalize,
+            "BINS": 1 if bins is None else min(_TILE_BINS, max(16, triton.next_power_of_2(n_bins))),
+        }
+        numbers = (params.low, params.high, params.min_t, params.max_t, params.ema_rate, params.eps, params.a)
+        source = (logits, (logits.stride(0), head_stride), t, 0 if t is None else t.stride(0))
+        return _Weights(source, bins, new_bins, heads, numbers, constants), new_bins
 
-    def operands(weight: Tensor | None) -> _Operands:
-        rows = [row if row is None or row.numel() > 0 else None for row in (weight, alpha, sigma)]  # of empty samples
-        return _operands(x, elementwise, rows, [guidance, normalizer], targets)
+    def compute_weights(self, arguments: _Weights, weights: Tensor, ratio_stats: Tensor) -> None:
+        w = arguments
+        program = Program(min(512, 8192 // w.constants["BINS"]), 256, 255)
+        launch(
+            f_weights_kernel,
+            1,
+            weights.device,
+            program,
+            w.source,
+            w.histogram(1),
+            ratio_stats,
+            weights,
+            w.batch,
+            w.heads,
+            w.n_bins,
+            *w.numbers,
+            **w.constants,
+            ROWS=program.block,
+        )
 
-    found = operands(weight)
-    rows = found.rows_within_samples
-    heavy = identity or uncond is not None or x_t is not None or rows
-    program = _sample_program(N, dtype, heavy, rows)
-    ratio_stats = None
-    if logits is not None:
-        if program is None or not logits.fit_beside_a_sample:
-            weight, ratio_stats = _compute_weights(logits, zero_weights)
-            logits = None
-            found = operands(weight)
-        else:
+    def compute_loss(
+        self,
+        inputs: Sequence[Tensor],
+        tensors: OptionalTensors,
+        params: LossParams,
+        gradients: Sequence[Tensor | None],
+        results: tuple[Tensor, Tensor | None, Tensor | None],
+        weight_arguments: _Weights | None,
+        score_identity: bool,
+    ) -> None:
+        x, teacher, fake, weight, uncond, guidance, mask, x_t, alpha, sigma, normalizer = (
+            tensor if tensor is None else plain(tensor) for tensor in (*inputs, *tensors)
+        )
+        assert x is not None and teacher is not None and fake is not None
+        dtype, device = results[0].dtype, x.device
+        B, N = x.shape[0], math.prod(x.shape[1:])
+        measures = params.normalizer == _MEAN_ABS
+        elementwise = [
+            x if measures or score_identity else None,
+            teacher,
+            fake,
+            uncond,
+            x_t if measures else None,
+            None if mask is None else mask.view(torch.uint8),
+        ]
+
+        def operands(weight: Tensor | None) -> _Operands:
+            rows = [None if row is None or row.numel() == 0 else row for row in (weight, alpha, sigma)]
+            return _operands(x, elementwise, rows, [guidance, normalizer], gradients)
+
+        found = operands(weight)
+        rows = found.rows_within_samples
+        heavy = score_identity or uncond is not None or x_t is not None or rows
+        program = _sample_program(N, dtype, heavy, rows)
+        inline, ratio_stats = weight_arguments, None
+        if inline is not None:
             ratio_stats = torch.empty(3, dtype=torch.float64, device=device)
+            if program is None or not inline.fit_beside_a_sample:
+                logits = inline.source[0]
+                weight = torch.empty(logits.shape[:1], dtype=compute_dtype(logits), device=device)
+                self.compute_weights(inline, weight, ratio_stats)
+                inline, found = None, operands(weight)
 
-    count = None
-    if mask is not None and params.reduction == _MEAN:
-        count = mask.sum()
-    elif mask is not None and params.reduction == _SAMPLE and program is None:
-        count = mask.sum(tuple(range(1, mask.ndim)))
-    weight_rows, n_weight_rows = None, B
-    if stats is not None and weight is not None:
-        weight_rows, n_weight_rows = weight.contiguous(), weight.numel()
-    constants = {
-        "C": _COMPUTE[dtype],
-        "PREDICTION": _PREDICTIONS[params.prediction],
-        "NORM": _NORMALIZERS[params.normalizer],
-        "REDUCTION": _REDUCTIONS[params.reduction],
-        "ZERO": params.zero_nonfinite,
-        "IDENTITY": identity,
-    }
-    numbers = (params.eps, params.guidance_scale, params.identity_alpha)
-    results = (loss, scale, stats)
-
-    if program is not None:
-        resident = device_of(device).processors * (2048 // program.threads)
-        grid = max(1, min(B, resident))
-        launch(
-            sample_kernel,
-            grid,
-            device,
-            program,
+        count = None
+        if mask is not None and params.reduction == _MEAN:
+            count = mask.sum()
+        elif mask is not None and params.reduction == _SAMPLE and program is None:
+            count = mask.sum(tuple(range(1, mask.ndim)))
+        weight_rows, n_weight_rows = None, B
+        if params.need_stats and weight is not None:
+            weight_rows, n_weight_rows = weight.contiguous(), weight.numel()
+        arguments = (
             found.inputs,
             found.targets,
             results,
-            torch.empty(SCRATCH_FIELDS * B, dtype=torch.float64, device=device),
-            _zeros(1, device),
-            count,
-            weight_rows,
-            n_weight_rows,
-            B,
-            N,
-            *found.inner,
-            *numbers,
-            *_NO_LOGITS if logits is None else (logits.source, logits.bins, logits.new_bins),
-            ratio_stats,
-            *(1, 0, *_NO_NUMBERS) if logits is None else (logits.heads, logits.n_bins, *logits.numbers),
-            **constants,
-            **_NO_WEIGHTS if logits is None else logits.constants,
-            WEIGHT_ZERO=zero_weights,
-            ROWS=128,
-            BLOCK=program.block,
-        )
-    else:
-        program = _chunk_program(x.itemsize, dtype, heavy, rows)
-        steps = triton.cdiv(triton.cdiv(N, program.block), _PARTS)
-        chunks = triton.cdiv(N, program.block * steps)
-        read_twice = (
-            N * (teacher.itemsize + (0 if uncond is None else uncond.itemsize)) * (2 if half or identity else 1)
-        )
-        group = max(1, min(B, device_of(device).cache_bytes // (8 * read_twice)))
-        groups = max(1, triton.cdiv(B, group))  # an empty batch has a loss too
-        turns = 2 if measures or half else 1
-        scratch = torch.empty(B * (SCRATCH_FIELDS + chunks * 7), dtype=torch.float64, device=device)
-        samples, measured, finished = scratch.split([B * SCRATCH_FIELDS, B * chunks * 2, B * chunks * 5])
-        launch(
-            chunk_kernel,
-            turns * groups * group * chunks,
-            device,
-            program,
-            found.inputs,
-            found.targets,
-            results,
-            samples,
-            measured,
-            finished,
-            _zeros(N_COUNTERS + 2 * B, device),
             count,
             weight_rows,
             n_weight_rows,
@@ -428,82 +356,107 @@ def _loss(
             B,
             N,
             *found.inner,
-            chunks,
-            steps,
-            group,
-            groups,
-            *numbers,
-            **constants,
-            PARTS=_PARTS,
-            BLOCK=program.block,
+            params.eps,
+            params.guidance_scale,
+            params.identity_alpha,
         )
-    for target, written in zip(targets, found.targets, strict=True):
-        if target is not None and written is not None and written[0] is not target:
-            target.copy_(written[0])
-    return loss, scale, stats
+        constants = {
+            "C": _COMPUTE[dtype],
+            "PREDICTION": _PREDICTIONS[params.prediction],
+            "NORM": _NORMALIZERS[params.normalizer],
+            "REDUCTION": _REDUCTIONS[params.reduction],
+            "ZERO": params.zero_nonfinite,
+            "IDENTITY": score_identity,
+        }
+        if program is not None:
+            _launch_whole(program, device, B, arguments, inline, constants)
+        else:
+            half = results[1] is not None
+            program = _chunk_program(x.itemsize, dtype, heavy, rows)
+            read_twice = teacher.itemsize + (0 if uncond is None else uncond.itemsize)
+            read_twice *= 2 if half or score_identity else 1
+            _launch_parts(program, device, B, N, arguments, constants, read_twice, turns=2 if measures or half else 1)
+        for target, written in zip(gradients, found.targets, strict=True):
+            if target is not None and written is not None and written[0] is not target:
+                target.copy_(written[0])
 
 
-_NO_LOGITS = (None, None, None)
-_NO_NUMBERS = (0.0,) * 7
-_NO_WEIGHTS = {"KIND": 0, "NORMALIZE": False, "BINS": 0}
+def _launch_whole(
+    program: Program,
+    device: torch.device,
+    B: int,
+    arguments: tuple[Any, ...],
+    weights: _Weights | None,
+    constants: dict[str, Any],
+) -> None:
+    """A program for each sample, as far as programs run at once; the weights are made there, unless None."""
+    grid = max(1, min(B, device_of(device).processors * (2048 // program.threads)))
+    samples = torch.empty(SCRATCH_FIELDS * B, dtype=torch.float64, device=device)
+    w = weights
+    launch(
+        sample_kernel,
+        grid,
+        device,
+        program,
+        *arguments,
+        samples,
+        _zeros(1, device),
+        *_NO_WEIGHTS if w is None else (w.source, w.histogram(grid), w.heads, w.n_bins, *w.numbers),
+        **constants,
+        **_NO_WEIGHT_CONSTANTS if w is None else w.constants,
+        ROWS=128,
+        BLOCK=program.block,
+    )
 
 
-def distribution_matching(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    tensors: OptionalTensors,
-    params: LossParams,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    gradient = torch.empty_like(x) if need_grad else None
-    loss, scale, stats = _loss((x, teacher, fake), tensors, params, (gradient, None, None))
-    return loss, gradient, scale, stats
+_NO_WEIGHTS = (None, None, 1, 0, *(0.0,) * 7)
+_NO_WEIGHT_CONSTANTS = {"KIND": 0, "NORMALIZE": False, "BINS": 1, "WEIGHT_ZERO": False}
 
 
-def difference(
-    x: Tensor, teacher: Tensor, fake: Tensor, tensors: OptionalTensors, params: LossParams, out: Tensor | None
-) -> Tensor:
-    """g: the gradient of the sum (params.reduction)."""
-    g = torch.empty_like(x) if out is None else out
-    _loss((x, teacher, fake), tensors, params, (g, None, None), with_scale=False)
-    return g
+def _launch_parts(
+    program: Program,
+    device: torch.device,
+    B: int,
+    N: int,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    read_twice: int,
+    turns: int,
+) -> None:
+    """Several programs for each sample, in groups of samples of which what is read twice stays in the cache.
+    ``read_twice``: bytes of an element; ``turns``: how often each part is worked on."""
+    steps = triton.cdiv(triton.cdiv(N, program.block), _PARTS)
+    chunks = triton.cdiv(N, program.block * steps)
+    group = max(1, min(B, device_of(device).cache_bytes // (8 * N * read_twice)))
+    groups = max(1, triton.cdiv(B, group))  # an empty batch has a loss too
+    scratch = torch.empty(B * (SCRATCH_FIELDS + chunks * 7), dtype=torch.float64, device=device)
+    samples, measured, finished = scratch.split([B * SCRATCH_FIELDS, B * chunks * 2, B * chunks * 5])
+    launch(
+        chunk_kernel,
+        turns * groups * group * chunks,
+        device,
+        program,
+        *arguments,
+        samples,
+        measured,
+        finished,
+        _zeros(N_COUNTERS + 2 * B, device),
+        chunks,
+        steps,
+        group,
+        groups,
+        **constants,
+        PARTS=_PARTS,
+        BLOCK=program.block,
+    )
 
 
-def f_distill(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    logits: Tensor,
-    t: Tensor | None,
-    bins: Tensor | None,
-    tensors: OptionalTensors,
-    weight_params: WeightParams,
-    params: LossParams,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    weights = _weights(logits, t, bins, weight_params)
-    gradient = torch.empty_like(x) if need_grad else None
-    zero = weight_params.zero_nonfinite
-    loss, scale, stats = _loss((x, teacher, fake), tensors, params, (gradient, None, None), weights, zero)
-    return loss, gradient, scale, stats, in_dtype_of(bins, weights.new_bins)
-
-
-def score_identity(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    normalizer: Tensor | None,
-    params: LossParams,
-    need_grads: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    inputs = (x, teacher, fake)
-    gradients = [torch.empty_like(tensor) if need else None for tensor, need in zip(inputs, need_grads, strict=True)]
-    tensors = (weight, None, None, mask, None, None, None, normalizer)
-    loss, scale, stats = _loss(inputs, tensors, params, gradients, identity=True)
-    return loss, *gradients, scale, stats
+_triton = Triton()
+f_weights = _triton.f_weights
+distribution_matching = _triton.distribution_matching
+difference = _triton.difference
+f_distill = _triton.f_distill
+score_identity = _triton.score_identity
 
 
 # ---------------------------------------------------------------------------------------------------------- backward
