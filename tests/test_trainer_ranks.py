@@ -97,7 +97,7 @@ def test_statistics_of_the_whole_batch() -> None:
             x[part], teacher[part], fake[part], weight=weight[part], return_stats=True
         )
         parts.append(own.to_dict())
-    assert ranks.averaged(parts) == pytest.approx(stats.to_dict(), rel=1e-5, nan_ok=True)
+    assert ranks.combined(parts) == pytest.approx(stats.to_dict(), rel=1e-5, nan_ok=True)
 
 
 def test_resumed_on_another_number_of_ranks(tmp_path: Path) -> None:

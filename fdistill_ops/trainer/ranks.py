@@ -6,6 +6,7 @@ to rounding. Without torchrun every function here is that of one process alone.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,32 +100,30 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
-def averaged(values: list[dict[str, float]]) -> dict[str, float]:
+def combined(parts: list[dict[str, float]]) -> dict[str, float]:
     """Losses and statistics (LossStats by name) of the whole batch, from those of every rank's part of it."""
-    return {name: _COMBINED.get(name, _mean)(name, values) for name in values[0]}
+    whole = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if name.endswith("_min"):
+            whole[name] = min(values)
+        elif name.endswith("_max"):
+            whole[name] = max(values)
+        elif name == "nonfinite":
+            whole[name] = sum(values)
+        elif name == "grad_norm":
+            whole[name] = math.hypot(*values)
+        elif name == "effective_sample_size":
+            whole[name] = _effective_sample_size(parts)
+        else:
+            whole[name] = sum(values) / len(values)
+    return whole
 
 
-def _column(name: str, values: list[dict[str, float]]) -> list[float]:
-    return [part[name] for part in values]
-
-
-def _mean(name: str, values: list[dict[str, float]]) -> float:
-    return sum(_column(name, values)) / len(values)
-
-
-def _effective_sample_size(name: str, values: list[dict[str, float]]) -> float:
-    """(sum w)^2 / sum w^2; of one part the ESS is (sum w)^2 / sum w^2 too, and sum w in proportion to the mean."""
-    sums = [part["weight_mean"] for part in values]
-    squares = sum(total**2 / part[name] if part[name] else 0.0 for total, part in zip(sums, values, strict=True))
+def _effective_sample_size(parts: list[dict[str, float]]) -> float:
+    """(sum w)^2 / sum w^2. Of a part, sum w is in proportion to the mean, and sum w^2 is (sum w)^2 / ESS."""
+    sums = [part["weight_mean"] for part in parts]
+    squares = sum(
+        total**2 / part["effective_sample_size"] if total else 0.0 for total, part in zip(sums, parts, strict=True)
+    )
     return sum(sums) ** 2 / squares if squares else 0.0
-
-
-_COMBINED = {
-    "effective_sample_size": _effective_sample_size,
-    "grad_norm": lambda name, values: sum(value**2 for value in _column(name, values)) ** 0.5,
-    "nonfinite": lambda name, values: sum(_column(name, values)),
-} | {
-    f"{what}_{bound.__name__}": (lambda name, values, bound=bound: bound(_column(name, values)))
-    for what in ("weight", "normalizer")
-    for bound in (min, max)
-}

@@ -163,7 +163,7 @@ def train(training: Training, checkpoints: Checkpoints, log: Log) -> None:
             due = done % config.log_every == 0 or done == steps
             save = done % config.checkpoint_every == 0 or done == steps or signal
             if due or save:
-                record = {"step": done} | ranks.averaged(ranks.gathered(read()))
+                record = {"step": done} | ranks.combined(ranks.gathered(read()))
                 if not math.isfinite(record["loss"]):
                     raise TrainingError(f"{stage}: the loss is {record['loss']} at step {done}")
             if due:
