@@ -191,6 +191,21 @@ def test_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert used <= options
 
 
+def test_options_of_the_trainer_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    from fdistill_ops.trainer.__main__ import parse
+
+    text = (ROOT / "docs" / "trainer.md").read_text(encoding="utf-8")
+    for command in ("compare ", ""):
+        with pytest.raises(SystemExit):
+            parse([*command.split(), "--help"])
+        options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+        lines = re.findall(rf"^    fdistill-train {command}(?!compare)(.*)$", text, re.MULTILINE)
+        assert lines
+        assert set(re.findall(r"--[a-z-]+", " ".join(lines))) <= options
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_images_exist(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""The trainer: EDM and the metrics against closed forms, and tiny runs from end to end."""
+"""The trainer: EDM against closed forms, and tiny runs from end to end."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import fdistill_ops as fd
-from fdistill_ops.trainer import edm, evaluate, files, networks
+from fdistill_ops.trainer import edm, files, networks
 from fdistill_ops.trainer.__main__ import main
 from fdistill_ops.trainer.config import Config
-from fdistill_ops.trainer.data import load_digits
+from fdistill_ops.trainer.data import load
 from fdistill_ops.trainer.distill import Distillation, generate
 
 TINY = ["--quick", "--teacher-steps", "6", "--distill-steps", "7", "--batch-size", "16", "--device", "cpu"]
@@ -97,39 +97,12 @@ def test_schedule_ends() -> None:
     assert levels.tolist() == pytest.approx([20.0, ((20 ** (1 / 7) + 0.02 ** (1 / 7)) / 2) ** 7, 0.02])
 
 
-# ------------------------------------------------------------------------------------------------------------- metrics
-
-
-def test_frechet_distance_of_transformed_samples_is_exact(gen: torch.Generator) -> None:
-    a = torch.randn(300, 5, generator=gen, dtype=torch.float64) + 1
-    shift = torch.arange(5.0, dtype=torch.float64)
-    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    assert evaluate.frechet_distance(a, a + shift) == pytest.approx(30)
-    scaled = float(a.mean(0).square().sum() + a.T.cov().trace())  # (k - 1)^2 (|m|^2 + tr C) with k = 2
-    assert evaluate.frechet_distance(a, 2 * a) == pytest.approx(scaled)
-
-
-def test_frechet_distance_of_gaussians(gen: torch.Generator) -> None:
-    """Diagonal covariances: |m|^2 + sum (sqrt a - sqrt b)^2."""
-    a = torch.randn(50_000, 3, generator=gen) * torch.tensor([1.0, 2.0, 0.5])
-    b = torch.randn(50_000, 3, generator=gen) * torch.tensor([2.0, 1.0, 0.5]) + 1
-    assert evaluate.frechet_distance(a, b) == pytest.approx(3 + 1 + 1, rel=0.03)
-
-
-def test_precision_recall(gen: torch.Generator) -> None:
-    a, b = torch.randn(2, 60, 4, generator=gen)
-    assert evaluate.precision_recall(a, a) == (1.0, 1.0)
-    assert evaluate.precision_recall(a, a + 1000) == (0.0, 0.0)
-    # One of two modes: everything generated is real, half of what is real is generated.
-    assert evaluate.precision_recall(torch.cat([a, b + 1000]), a) == (1.0, 0.5)
-
-
 # -------------------------------------------------------------------------------------------------------- distillation
 
 
 def test_logits_are_higher_on_data() -> None:
     config = Config(width=32, depth=1, batch_size=64, distill_steps=150)
-    data = load_digits(0, torch.device("cpu"))
+    data = load(Config())
     teacher = networks.Denoiser((8, 8), data.classes, config.width, config.depth, data.sigma_data)
     distillation = Distillation(teacher, config, data, "js")
     for _ in range(40):

@@ -18,7 +18,8 @@ from trainer_cases import EVERY, STEPS, TINY, distillation, environment, same, w
 
 from fdistill_ops.trainer.__main__ import main
 from fdistill_ops.trainer.checkpoints import Checkpoints
-from fdistill_ops.trainer.data import Data, load_digits
+from fdistill_ops.trainer.config import Config
+from fdistill_ops.trainer.data import Data, load
 from fdistill_ops.trainer.distill import Distillation
 from fdistill_ops.trainer.files import Log
 from fdistill_ops.trainer.training import Training, train
@@ -39,7 +40,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data() -> Data:
-    return load_digits(0, torch.device("cpu"))
+    return load(Config())
 
 
 class Stop(Exception):

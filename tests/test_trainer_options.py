@@ -19,7 +19,7 @@ from fdistill_ops.stats import FIELDS
 from fdistill_ops.trainer import edm
 from fdistill_ops.trainer.__main__ import main
 from fdistill_ops.trainer.config import Config
-from fdistill_ops.trainer.data import Data, load_digits
+from fdistill_ops.trainer.data import Data, load
 from fdistill_ops.trainer.distill import generate, guided, student_levels
 from fdistill_ops.trainer.files import Log
 from fdistill_ops.trainer.networks import Denoiser
@@ -41,7 +41,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data() -> Data:
-    return load_digits(0, torch.device("cpu"))
+    return load(Config())
 
 
 # ------------------------------------------------------------------------------------------------------- several steps

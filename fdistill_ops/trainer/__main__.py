@@ -16,14 +16,17 @@ import torch
 import fdistill_ops as fd
 
 from .._arguments import device_name, integer
-from . import ranks
-from .config import QUICK, Config
+from . import data, ranks
+from .compare import Comparison, compare
+from .config import Config, defaults
 from .files import say
 from .interruption import Interrupted, raised
+from .own_data import DataError
 from .run import run
 from .training import TrainingError
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+COMPARED = ("js", "forward_kl", "reverse_kl", "jeffreys")
 EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}  # module: distribution
 
 
@@ -34,14 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = f"rank {os.environ['RANK']}: " if ranks.requested() > 1 else ""
     try:
         with raised():
-            config = parse(argv)
-            torch.set_num_threads(config.threads)
-            with ranks.joined(config.device):
-                run(config)
+            wanted = parse(argv)
+            if isinstance(wanted, Comparison):
+                torch.set_num_threads(wanted.runs[0].threads)
+                compare(wanted)
+            else:
+                torch.set_num_threads(wanted.threads)
+                with ranks.joined(wanted.device):
+                    run(wanted)
     except Interrupted as signal:
         say(f"\nfdistill-train: {rank}{signal.name}: every file is whole; the same command goes on from here")
         return signal.status
-    except (TrainingError, OSError) as error:
+    except (TrainingError, DataError, OSError) as error:
         say(f"fdistill-train: {rank}error: {error}")
         return 1
     except RuntimeError as error:
@@ -54,26 +61,67 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(argv: Sequence[str] | None) -> Config:
-    """The configuration. Whatever is wrong ends the process with one line and status 2, before anything is trained."""
-    default = Config()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def parse(argv: Sequence[str] | None) -> Config | Comparison:
+    """What to do. Whatever is wrong ends the process with one line and status 2, before anything is trained."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["compare"]:
+        return _comparison(argv[1:])
     parser = argparse.ArgumentParser(
         prog="fdistill-train",
-        description="Trains a small EDM teacher on scikit-learn's handwritten digits, distils it into one-step "
-        "students with the f-distill loss, and writes a report: table, sample grids, weights over time.",
+        description="Trains a small EDM teacher, distils it into one-step students with the f-distill loss, and writes "
+        "a report: table, sample grids, weights over time.",
+        epilog="fdistill-train compare --help: the comparison of divergences over data sets and seeds.",
     )
+    what = f"{', '.join(data.NAMES)}, a folder of images, or a .npy or .npz file (default: %(default)s)"
+    parser.add_argument("--data", type=_data, default=Config.data, help=what)
+    parser.add_argument("--out", type=Path, help="output folder (default: runs/NAME, after the data)")
+    _add_options(parser, Config.divergences)
+    arguments = parser.parse_args(argv)
+    arguments.out = arguments.out or Path("runs") / data.name_of(arguments.data)
+    _check(parser, arguments, [arguments.data])
+    return _config(arguments)
+
+
+def _comparison(argv: Sequence[str]) -> Comparison:
+    parser = argparse.ArgumentParser(
+        prog="fdistill-train compare",
+        description="Trains a teacher for every data set and seed, distils each by every divergence, and writes a "
+        "report: modes covered, distances, variances, with standard errors and tests over the seeds.",
+    )
+    what = f"comma-separated: {', '.join(data.NAMES)}, or paths (default: all by name)"
+    parser.add_argument("--data", type=_data_sets, default=data.NAMES, help=what)
+    parser.add_argument("--seeds", type=integer(1, 1000), help="their number (default: 3; with --quick 1)")
+    parser.add_argument("--jobs", type=integer(1, 1024), default=1, help="processes at a time (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="output folder (default: %(default)s)")
+    _add_options(parser, COMPARED)
+    arguments = parser.parse_args(argv)
+    _check(parser, arguments, arguments.data)
+    if ranks.requested() > 1:
+        parser.error("compare runs without torchrun; --jobs is how many processes it starts")
+    names, seeds, jobs = arguments.data, arguments.seeds or (1 if arguments.quick else 3), arguments.jobs
+    del arguments.seeds, arguments.jobs
+    runs = []
+    for seed in range(arguments.seed, arguments.seed + seeds):
+        for name in names:
+            runs.append(_config(argparse.Namespace(**vars(arguments) | {"data": name, "seed": seed})))
+    return Comparison(tuple(runs), jobs, arguments.out)
+
+
+def _add_options(parser: argparse.ArgumentParser, divergences: tuple[str, ...]) -> None:
+    """Those of a run and of a comparison."""
+    default = Config()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
-    add("--out", type=Path, default=default.out, help="output folder (default: %(default)s)")
-    add("--cache", type=Path, help="folder for what is trained before the distillation (default: OUT/cache)")
-    names = ",".join(default.divergences)
-    add("--divergences", type=_divergences, default=default.divergences, help=f"a student for each (default: {names})")
-    add("--teacher-steps", type=integer(1, 10**9), help=f"(default: {default.teacher_steps})")
-    add("--distill-steps", type=integer(1, 10**9), help=f"updates of each student (default: {default.distill_steps})")
+    add("--image-size", type=integer(4, 128), help="scales and crops images from a path to N x N pixels")
+    add("--cache", type=Path, help="folder for what is trained (default: OUT/cache)")
+    names = ",".join(divergences)
+    add("--divergences", type=_divergences, default=divergences, help=f"a student for each (default: {names})")
+    add("--teacher-steps", type=integer(1, 10**9), help="(default: by the data)")
+    add("--distill-steps", type=integer(1, 10**9), help="updates of each student (default: by the data)")
     add("--student-steps", type=integer(1, 64), default=1, help="of the student's sampler (default: %(default)s)")
     add("--guidance", type=_scale, default=1.0, help="the teacher's guidance scale; 1 is none (default: %(default)s)")
-    add("--width", type=integer(8, 2**16), help=f"hidden units of the networks (default: {default.width})")
-    add("--depth", type=integer(1, 1024), help=f"blocks of the networks (default: {default.depth})")
+    add("--width", type=integer(8, 2**16), help="hidden units of the networks (default: by the data)")
+    add("--depth", type=integer(1, 1024), help="blocks of the networks (default: by the data)")
     add("--precision", choices=PRECISIONS, default=default.precision, help="of the networks (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile of the distillation's losses")
     add("--cuda-graph", action="store_true", help="capture the student's update in a CUDA graph")
@@ -84,21 +132,22 @@ def parse(argv: Sequence[str] | None) -> Config:
         default=every,
         help="steps between checkpoints (default: %(default)s)",
     )
-    add(
-        "--batch-size",
-        type=integer(1, 2**16),
-        default=default.batch_size,
-        help="of all ranks together (default: %(default)s)",
-    )
+    add("--batch-size", type=integer(1, 2**16), help="of all ranks together (default: by the data)")
     add("--seed", type=integer(0, 2**32), default=default.seed, help="(default: %(default)s)")
     add("--threads", type=integer(1, 1024), default=default.threads, help="of the CPU (default: %(default)s)")
     add("--device", type=device_name, default=device, help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--quick", action="store_true", help="a run of a few seconds, to see that everything works")
-    arguments = parser.parse_args(argv)
+
+
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    """What a parser cannot see in one argument alone; makes the folders."""
+    for name in names:
+        settings = defaults(name, arguments.quick)
+        batch_size = arguments.batch_size or settings.get("batch_size", Config.batch_size)
+        if batch_size % ranks.requested():
+            allowed = f"a multiple of the number of ranks, {ranks.requested()}"
+            parser.error(f"argument --batch-size: must be {allowed}, got {batch_size}")
     arguments.device = ranks.own_device(arguments.device)
-    if arguments.batch_size % ranks.requested():
-        allowed = f"a multiple of the number of ranks, {ranks.requested()}"
-        parser.error(f"argument --batch-size: must be {allowed}, got {arguments.batch_size}")
     if arguments.cuda_graph and not arguments.device.startswith("cuda"):
         parser.error(f"argument --cuda-graph: needs --device cuda, got {arguments.device}")
     if arguments.cuda_graph and ranks.requested() > 1:
@@ -121,8 +170,28 @@ def parse(argv: Sequence[str] | None) -> Config:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             parser.error(f"argument --{option}: cannot write to {folder}: {error.strerror}")
+
+
+def _config(arguments: argparse.Namespace) -> Config:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    return Config(**(QUICK if given.pop("quick") else {}) | given)
+    return Config(**defaults(arguments.data, given.pop("quick")) | given)
+
+
+def _data(text: str) -> str:
+    """A name, or a path where something is."""
+    if text not in data.NAMES and not (text and Path(text).exists()):
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(data.NAMES)} or a path; {text!r} is not there")
+    return text
+
+
+def _data_sets(text: str) -> tuple[str, ...]:
+    """Names and paths, each once."""
+    names = tuple(_data(part.strip()) for part in text.split(","))
+    called = [data.name_of(name) for name in names]
+    twice = sorted({name for name in called if called.count(name) > 1})
+    if twice:
+        raise argparse.ArgumentTypeError(f"two data sets are called {twice[0]!r}")
+    return names
 
 
 def _scale(text: str) -> float:

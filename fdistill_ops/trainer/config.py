@@ -15,6 +15,8 @@ import torch
 class Config:
     """Settings; those that the command line does not offer were tuned on the digits."""
 
+    data: str = "digits"  # a name in data.NAMES, or a path
+    image_size: int | None = None  # to which images from a path are scaled and cropped
     out: Path = Path("runs/digits")
     cache: Path = Path("runs/digits/cache")
     divergences: tuple[str, ...] = ("js", "reverse_kl")
@@ -59,6 +61,7 @@ class Config:
     evaluation_draws: int = 4  # of as many samples as images are held out
     grid_columns: int = 10
     weight_samples: int = 4096
+    gradient_batches: int = 32  # that the variance of a gradient is taken over
     log_every: int = 20
 
     @property
@@ -77,6 +80,34 @@ class Config:
         return {name: value for name, value in dataclasses.asdict(self).items() if not isinstance(value, Path)}
 
 
+# Points in the plane: networks that fit in a cache, little noise, and more steps. gan_weight is DMD2's on ImageNet.
+_POINTS: dict[str, Any] = {
+    "width": 96,
+    "depth": 3,
+    "ema": 0.995,
+    "teacher_steps": 4000,
+    "noise_mean": -1.2,
+    "noise_std": 1.4,
+    "sigma_max": 5.0,
+    "distill_steps": 2000,
+    "fake_updates": 1,
+    "gan_weight": 0.003,
+    "distill_sigma_min": 0.03,
+}
+# What was tuned on other data. Images of one's own get the settings of the patches.
+DATA: dict[str, dict[str, Any]] = {
+    "digits": {},
+    "ring": _POINTS,
+    "grid": _POINTS | {"width": 128, "teacher_steps": 6000, "teacher_lr": 3e-3},
+    "patches": {"width": 256, "depth": 3, "batch_size": 64, "teacher_steps": 1500, "distill_steps": 250},
+}
+
+
+def defaults(data: str, quick: bool = False) -> dict[str, Any]:
+    """The settings for a data set, by name or path, that differ from Config's."""
+    return DATA.get(data, DATA["patches"]) | (QUICK if quick else {})
+
+
 # A run of a few seconds, to see that everything works; its samples are poor.
 QUICK: dict[str, Any] = {
     "classifier_steps": 100,
@@ -84,5 +115,6 @@ QUICK: dict[str, Any] = {
     "distill_steps": 30,
     "evaluation_draws": 2,
     "weight_samples": 1024,
+    "gradient_batches": 8,
     "log_every": 5,
 }

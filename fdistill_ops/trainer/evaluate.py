@@ -1,7 +1,12 @@
-"""How good samples are: Frechet distance, precision and recall in the classifier's features, classes, speed."""
+"""How good samples are: Frechet distance, precision and recall, modes, classes, speed.
+
+All but the classes are measured in a space of features: a classifier's where there are classes, the coordinates of
+points, principal components of other images.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +18,19 @@ from torch import Tensor
 from . import edm
 from .config import Config
 from .data import Data
+from .mixtures import Mixture, Quadrature
 from .networks import Classifier
 from .training import random_numbers
 
 Row = dict[str, Any]
+Features = Callable[[Tensor], Tensor]
 NEIGHBOURS = 3
+REFERENCE = 2_000  # training samples at most that the k-NN manifolds are made of
+COMPONENTS = 32  # principal components
+CLUSTERS = 20  # at most, of at least 30 training images on average
+WITHIN = 3.0  # standard deviations from its centre to which a component of a mixture reaches: 98.9% of it
+LOST = 0.1  # of its true mass, below which a mode is lost
+LEAST_EXPECTED = 100  # samples of the lightest mode, if it has its true mass: 10 or fewer are no accident
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -48,49 +61,146 @@ def _radii(points: Tensor, k: int) -> Tensor:
     return torch.cdist(points, points).kthvalue(k + 1, dim=1).values
 
 
+# --------------------------------------------------------------------------------------------------------------- modes
+
+
+@dataclass(frozen=True)
+class Modes:
+    """Where the data has its mass: centres [K, D] in the space of features, their true masses [K], and the distance up
+    to which a sample belongs to the nearest centre."""
+
+    centres: Tensor
+    masses: Tensor
+    reach: float = math.inf
+
+    @property
+    def samples_needed(self) -> int:
+        """So many that chance does not decide which modes are lost."""
+        return math.ceil(LEAST_EXPECTED / float(self.masses.min()))
+
+    def coverage(self, features: Tensor) -> Row:
+        """A mode is lost where the samples, by their features [N, D], have less than LOST of its true mass."""
+        distance, nearest = torch.cdist(features.double(), self.centres).min(1)
+        inside = distance < self.reach
+        found = nearest[inside].bincount(minlength=len(self.masses)) / len(features)
+        ratios = found / self.masses
+        lost = int((ratios < LOST).sum())
+        quality = float(inside.double().mean()) if math.isfinite(self.reach) else None
+        return {
+            "modes": len(ratios),
+            "modes_covered": len(ratios) - lost,
+            "modes_lost": lost,
+            "mode_ratios": ratios.tolist(),
+            "high_quality": quality,
+        }
+
+
+def mixture_modes(mixture: Mixture) -> Modes:
+    """The components."""
+    return Modes(mixture.means, mixture.weights, WITHIN * mixture.std)
+
+
+def image_modes(features: Tensor, seed: int) -> Modes:
+    """The k-means clusters of the training images' features [N, D]."""
+    from sklearn.cluster import KMeans
+
+    count = min(CLUSTERS, max(2, len(features) // 30))
+    clusters = KMeans(count, n_init=4, random_state=seed % 2**32).fit(features.double().cpu().numpy())
+    centres = torch.from_numpy(clusters.cluster_centers_).to(features.device)
+    masses = torch.from_numpy(clusters.labels_).long().bincount(minlength=count).double() / len(features)
+    return Modes(centres, masses.to(features.device))
+
+
+# --------------------------------------------------------------------------------------------------------------- judge
+
+
+def principal_components(images: Tensor, seed: int) -> Features:
+    """On the first components of training images [N, ...], in units of the first one's standard deviation."""
+    from sklearn.decomposition import PCA
+
+    flat = images.flatten(1)
+    count = min(COMPONENTS, *flat.shape)
+    found = PCA(count, svd_solver="randomized", random_state=seed % 2**32).fit(flat.cpu().numpy())
+    mean = torch.from_numpy(found.mean_).to(flat)
+    directions = torch.from_numpy(found.components_.T / found.explained_variance_[0] ** 0.5).to(flat)
+    return lambda samples: (samples.flatten(1) - mean) @ directions
+
+
+def classifier_features(classifier: Classifier, images: Tensor) -> Features:
+    """Its features, scaled to unit variance on training images."""
+    features = classifier.features(images)
+    mean, std = features.mean(0), features.std(0)
+    return lambda samples: (classifier.features(samples) - mean) / std
+
+
 class Judge:
-    """Compares samples with the training images, in the classifier's features scaled to unit variance there."""
+    """Compares samples with the training data."""
 
     @torch.no_grad()
-    def __init__(self, classifier: Classifier, data: Data) -> None:
-        self.classifier, self.classes = classifier, data.classes
-        features = classifier.features(data.train)
-        self.mean, self.std = features.mean(0), features.std(0)
+    def __init__(self, data: Data, classifier: Classifier | None, seed: int) -> None:
+        self.data, self.classifier = data, classifier
+        self.features: Features
+        if data.mixture is not None:
+            self.features = torch.Tensor.float
+        elif classifier is not None:
+            self.features = classifier_features(classifier, data.train)
+        else:
+            self.features = principal_components(data.train, seed)
         self.reference = self.features(data.train)
-
-    def features(self, images: Tensor) -> Tensor:
-        return (self.classifier.features(images) - self.mean) / self.std
+        mixture = data.mixture
+        self.modes = image_modes(self.reference, seed) if mixture is None else mixture_modes(mixture)
+        self.quadrature = None if mixture is None else Quadrature(mixture, mixture.std)
 
     @torch.no_grad()
     def row(self, name: str, draws: list[Tensor], labels: Tensor) -> Row:
-        """One row of the table, from draws of images [N, ...] asked for with the classes ``labels`` [N].
+        """One row of the table, from draws of samples [N, ...] asked for with the classes ``labels`` [N].
 
         Every row has the same N, since the distances depend on it; numbers are means over the draws.
         """
-        features = [self.features(images) for images in draws]
+        features = [self.features(samples) for samples in draws]
+        manifold = self.reference[:REFERENCE]
         distances = torch.tensor([frechet_distance(self.reference, one) for one in features], dtype=torch.float64)
-        manifolds = torch.tensor([precision_recall(self.reference, one) for one in features], dtype=torch.float64)
-        predicted = torch.cat([self.classifier(images).argmax(1) for images in draws])
-        asked = labels.repeat(len(draws))
-        counts = predicted.bincount(minlength=self.classes)
-        wanted = asked.bincount(minlength=self.classes)
-        return {
+        manifolds = torch.tensor([precision_recall(manifold, one) for one in features], dtype=torch.float64)
+        row = {
             "name": name,
-            "samples": len(asked),
+            "samples": len(labels) * len(draws),
             "frechet": float(distances.mean()),
             "frechet_std": float(distances.std()) if len(draws) > 1 else None,
             "precision": float(manifolds[:, 0].mean()),
             "recall": float(manifolds[:, 1].mean()),
+        }
+        return row if self.classifier is None else row | self._classes(self.classifier, torch.cat(draws), labels)
+
+    def _classes(self, classifier: Classifier, samples: Tensor, labels: Tensor) -> Row:
+        predicted = classifier(samples).argmax(1)
+        asked = labels.repeat(len(samples) // len(labels))
+        counts = predicted.bincount(minlength=self.data.classes)
+        wanted = asked.bincount(minlength=self.data.classes)
+        return {
             "agreement": float((predicted == asked).double().mean()),
             "classes": int((counts > 0).sum()),
             "rarest_class": float((counts.double() / wanted).min()),
             "class_counts": counts.tolist(),
         }
 
+    @torch.no_grad()
+    def coverage(self, sampler: Sampler, gen: torch.Generator, divergences: tuple[str, ...] = ()) -> Row:
+        """The modes that the sampler has and lost, for the training data's classes; on a mixture also the share of
+        its samples that is near a mode, and its divergences from the mixture: Jensen-Shannon, and those named."""
+        count = self.modes.samples_needed
+        labels = self.data.train_labels.repeat(-(-count // len(self.data.train_labels)))[:count]
+        samples = sampler(edm.normal((count, *self.data.shape), gen), labels)
+        row = self.modes.coverage(self.features(samples))
+        if self.quadrature is not None:
+            density = self.quadrature.density(samples)
+            row["jensen_shannon"] = self.quadrature.divergence(density, "jensen_shannon")
+            row["divergences"] = {name: self.quadrature.divergence(density, name) for name in divergences}
+        return row
+
 
 @dataclass(frozen=True)
 class Sampler:
-    """Turns unit noise [N, ...] and classes [N] into images, with so many evaluations of a network."""
+    """Turns unit noise [N, ...] and classes [N] into samples, with so many evaluations of a network."""
 
     name: str
     evaluations: int
@@ -110,14 +220,28 @@ class Sampler:
         return count / elapsed
 
 
-def evaluate(samplers: list[Sampler], judge: Judge, config: Config, data: Data) -> list[Row]:
-    """The table: the held-out images, then every sampler, from the same noise and for the same classes."""
+def evaluate(
+    samplers: list[Sampler],
+    judge: Judge,
+    config: Config,
+    data: Data,
+    modes: bool,
+    divergences: tuple[str, ...] = (),
+    speeds: bool = True,
+) -> list[Row]:
+    """The table: the held-out data, then every sampler, from the same noise and for the same classes; with ``modes``
+    their coverage, and with ``speeds`` how fast each is."""
     gen = random_numbers(config, "evaluation")
     labels = data.held_out_labels
     noise = [edm.normal(data.held_out.shape, gen) for _ in range(config.evaluation_draws)]
-    rows = [judge.row("held-out images", [data.held_out], labels) | {"evaluations": None, "samples_per_second": None}]
+    state = gen.get_state()
+    rows = [judge.row(f"held-out {data.kind}", [data.held_out], labels)]
+    rows[0] |= {"evaluations": None, "samples_per_second": None}
     for sampler in samplers:
+        gen.set_state(state)
         row = judge.row(sampler.name, [sampler(one, labels) for one in noise], labels)
-        speed = sampler.per_second(noise[0], labels)
+        if modes:
+            row |= judge.coverage(sampler, gen, divergences)
+        speed = sampler.per_second(noise[0], labels) if speeds else None
         rows.append(row | {"evaluations": sampler.evaluations, "samples_per_second": speed})
     return rows

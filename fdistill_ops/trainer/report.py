@@ -3,43 +3,75 @@
 from __future__ import annotations
 
 from .config import Config
-from .evaluate import NEIGHBOURS, Row
+from .data import Data
+from .evaluate import LOST, NEIGHBOURS, WITHIN, Row
 from .figures import WeightCurve
 from .files import to_json, write_text
 
 NOTES = """\
-Compared with the training images, in the features of a classifier (held-out accuracy {accuracy:.1%}) scaled to unit
-variance. Every row has {count} samples per draw, of the held-out images' classes.
+Compared with the training {kind}, {features}. Every row has {count} samples per draw, of the held-out {kind}' classes.
 
-- Frechet distance: mean over the draws ± their standard deviation; lower is better. Finite sets of real images are not
+- Frechet distance: mean over the draws ± their standard deviation; lower is better. Finite sets of real {kind} are not
   at 0 either: read it against the first row.
 - Precision, recall: k-NN manifolds, k = {k}.
-- Class as asked: samples in which the classifier sees the class they were asked for (first row: its accuracy).
-- Rarest class: samples in which it sees a class over samples asked for of that class, where that is least.
+{special}
 - Samples/s: {device}, {threads} thread(s), batches of {count}. Times differ between two runs with one seed, and nothing
   else does.
 """
+CLASSES = """\
+- Class as asked: samples in which the classifier sees the class they were asked for (first row: its accuracy).
+- Rarest class: samples in which it sees a class over samples asked for of that class, where that is least."""
+MODES = """\
+- Modes: {modes}. One is covered where the samples have at least {lost:.0%} of its true mass."""
+POINTS = """
+- Near a mode: samples within {within:g} standard deviations of the nearest centre.
+- JS divergence: of the samples from the mixture, both with noise of a mode's standard deviation."""
 
 
-def cells(row: Row) -> dict[str, str]:
-    """What the table shows of a row, by column."""
-    spread = "" if row["frechet_std"] is None else f" ± {row['frechet_std']:.2f}"
-    return {
+def features_of(data: Data) -> str:
+    """The space of features, as a phrase."""
+    if data.mixture is not None:
+        return "in their coordinates"
+    return "in the features of a classifier" if data.classes > 1 else "in their principal components"
+
+
+def modes_of(data: Data) -> str:
+    """The modes, as a phrase."""
+    return "k-means clusters of the training images' features" if data.mixture is None else "components of the mixture"
+
+
+def cells(row: Row, rows: list[Row]) -> dict[str, str]:
+    """What the table shows of a row, by column; a column is there if any row has it."""
+    digits = 2 if "agreement" in row else 4  # features of unit variance; coordinates, principal components
+    spread = "" if row["frechet_std"] is None else f" ± {row['frechet_std']:.{digits}f}"
+    columns = {
         "samples from": row["name"],
         "evaluations": _or_dash(row["evaluations"], "d"),
-        "Frechet distance": f"{row['frechet']:.2f}{spread}",
+        "Frechet distance": f"{row['frechet']:.{digits}f}{spread}",
         "precision": f"{row['precision']:.3f}",
         "recall": f"{row['recall']:.3f}",
-        "class as asked": f"{row['agreement']:.1%}",
-        "classes": f"{row['classes']}/{len(row['class_counts'])}",
-        "rarest class": f"{row['rarest_class']:.2f}",
-        "samples/s": _or_dash(row["samples_per_second"], ",.0f"),
     }
+    if "agreement" in rows[0]:
+        columns |= {
+            "class as asked": f"{row['agreement']:.1%}",
+            "classes": f"{row['classes']}/{len(row['class_counts'])}",
+            "rarest class": f"{row['rarest_class']:.2f}",
+        }
+    if "modes" in rows[-1]:
+        columns["modes"] = f"{row['modes_covered']}/{row['modes']}" if "modes" in row else "-"
+    if "jensen_shannon" in rows[-1]:
+        columns["near a mode"] = _or_dash(row.get("high_quality"), ".1%")
+        columns["JS divergence"] = _or_dash(row.get("jensen_shannon"), ".3f")
+    return columns | {"samples/s": _or_dash(row["samples_per_second"], ",.0f")}
 
 
 def table(rows: list[Row]) -> str:
     """A Markdown table whose columns are aligned in plain text too."""
-    shown = [cells(row) for row in rows]
+    return markdown([cells(row, rows) for row in rows])
+
+
+def markdown(shown: list[dict[str, str]]) -> str:
+    """A table of rows of one set of columns."""
     lines = [list(shown[0]), *(list(line.values()) for line in shown)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
@@ -48,10 +80,21 @@ def table(rows: list[Row]) -> str:
     )
 
 
-def write(config: Config, rows: list[Row], curves: list[WeightCurve], seconds: dict[str, float]) -> None:
+def write(config: Config, data: Data, rows: list[Row], curves: list[WeightCurve], seconds: dict[str, float]) -> None:
     """report.md: the table, how to read it, the figures, times, settings; and report.json, the same numbers."""
+    if data.classes > 1:
+        features = (
+            f"in the features of a classifier (held-out accuracy {rows[0]['agreement']:.1%}) scaled to unit variance"
+        )
+        special = CLASSES
+    else:
+        features = features_of(data)
+        special = MODES.format(modes=modes_of(data), lost=LOST)
+        special += "" if data.mixture is None else POINTS.format(within=WITHIN)
     notes = NOTES.format(
-        accuracy=rows[0]["agreement"],
+        kind=data.kind,
+        features=features,
+        special=special,
         count=rows[0]["samples"],
         k=NEIGHBOURS,
         device=config.device,
@@ -59,7 +102,7 @@ def write(config: Config, rows: list[Row], curves: list[WeightCurve], seconds: d
     )
     settings = config.settings()
     parts = [
-        "# Distillation of a digits teacher",
+        f"# Distillation of a teacher of {data.name}",
         table(rows),
         notes.rstrip(),
         "![samples and weights](overview.png)",
@@ -67,7 +110,7 @@ def write(config: Config, rows: list[Row], curves: list[WeightCurve], seconds: d
         "Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
     ]
     write_text(config.out / "report.md", "\n\n".join(parts) + "\n")
-    weights = {curve.name: curve.by_noise_level() for curve in curves}
+    weights = {curve.name: curve.levels for curve in curves}
     content = {"rows": rows, "weights_by_noise_level": weights, "settings": settings, "seconds": seconds}
     write_text(config.out / "report.json", to_json(content, indent=1) + "\n")
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 import fdistill_ops as fd
@@ -16,13 +13,13 @@ import fdistill_ops as fd
 from . import edm, figures, ranks, report
 from .checkpoints import Checkpoints
 from .config import Config
-from .data import Data, load_digits
+from .data import Data, load
 from .distill import Distillation, generate, guided
 from .evaluate import Judge, Sampler, evaluate
 from .files import Log, say
 from .networks import Classifier, Denoiser
 from .teacher import ClassifierTraining, TeacherTraining
-from .training import initialised, random_numbers, train
+from .training import initialised, train
 
 # The settings that decide what a stage makes of its data, besides those that count for all.
 SETTINGS = {
@@ -41,20 +38,21 @@ class Stages:
 
     def __init__(self, config: Config, data: Data, log: Log) -> None:
         self.config, self.data, self.log = config, data, log
-        self.shape = tuple(data.train.shape[1:])
-        self.fingerprint = _fingerprint(data)
+        self.fingerprint = data.fingerprint
 
-    def classifier(self) -> Classifier:
-        model = initialised(self.config, lambda: Classifier(self.shape, self.data.classes))
+    def classifier(self) -> Classifier | None:
+        """None for data without classes."""
+        if self.data.classes == 1:
+            return None
+        model = initialised(self.config, lambda: Classifier(self.data.shape, self.data.classes))
         training = ClassifierTraining(model, self.config, self.data)
         train(training, self.checkpoints("classifier", SETTINGS["classifier"]), self.log)
         return training.average
 
     def teacher(self) -> Denoiser:
         config, data = self.config, self.data
-        model = initialised(
-            config, lambda: Denoiser(self.shape, data.classes, config.width, config.depth, data.sigma_data)
-        )
+        size = (config.width, config.depth, data.sigma_data)
+        model = initialised(config, lambda: Denoiser(data.shape, data.classes, *size))
         training = TeacherTraining(model, config, data)
         train(training, self.checkpoints("teacher", (*SETTINGS["teacher"], "label_dropout")), self.log)
         return training.average
@@ -72,18 +70,9 @@ class Stages:
         return Checkpoints(self.config.cache, stage, key)
 
 
-def _fingerprint(data: Data) -> str:
-    """A hash of the training images and classes."""
-    digest = hashlib.sha256()
-    for tensor in (data.train, data.train_labels):
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def run(config: Config) -> None:
     """Trains, distils and writes the report. The table goes to stdout, whatever else is said to stderr."""
-    data = load_digits(config.seed, torch.device(config.device))
+    data = load(config)
     seconds: dict[str, float] = {}
     curves: list[figures.WeightCurve] = []
     with Log(config.out if ranks.is_main() else None) as log:
@@ -96,15 +85,17 @@ def run(config: Config) -> None:
         for divergence in config.divergences:
             with timed(seconds, f"student, {divergence}"):
                 student = stages.student(teacher, divergence)
-            curves.append(figures.WeightCurve(divergence, student.records, *student.weights(config.weight_samples)))
+            levels = figures.by_noise_level(*student.weights(config.weight_samples))
+            curves.append(figures.WeightCurve(divergence, student.records, levels))
             samplers.append(Sampler(f"student, {divergence}", config.student_steps, student.sample))
     if not ranks.is_main():
         return
     with timed(seconds, "evaluation"):
-        rows = evaluate(samplers, Judge(classifier, data), config, data)
+        judge = Judge(data, classifier, config.seed)
+        rows = evaluate(samplers, judge, config, data, modes=data.classes == 1)  # else the classes say it
     with timed(seconds, "figures"):
-        draw(config, data, samplers, curves)
-    report.write(config, rows, curves, seconds)
+        figures.draw(config, data, samplers, curves)
+    report.write(config, data, rows, curves, seconds)
     print(report.table(rows))
     say(f"report: {config.out / 'report.md'} ({sum(seconds.values()):.0f} s)")
 
@@ -121,20 +112,6 @@ def teacher_samplers(teacher: Denoiser, config: Config) -> list[Sampler]:
 
     many = Sampler(f"teacher, {config.sampler_steps} Heun steps", evaluations * (2 * config.sampler_steps - 1), heun)
     return [many, Sampler("teacher, 1 step", 1, one_step)]
-
-
-def draw(config: Config, data: Data, samplers: list[Sampler], curves: list[figures.WeightCurve]) -> None:
-    """The PNG files: a grid for the data and for every sampler (a row for each class), the weights, and all of it."""
-    columns = config.grid_columns
-    labels = torch.arange(data.classes, device=config.device).repeat_interleave(columns)
-    noise = edm.normal((len(labels), *data.train.shape[1:]), random_numbers(config, "grids"))
-    real = torch.stack([data.held_out[data.held_out_labels == label][:columns] for label in range(data.classes)])
-    grids = {"held-out images": real}
-    grids |= {sampler.name: sampler(noise, labels).unflatten(0, (-1, columns)) for sampler in samplers}
-    for name, images in grids.items():
-        figures.grid_png(config.out / f"{re.sub(r'[^a-zA-Z0-9.-]+', '_', name)}.png", images)
-    figures.weights_png(config.out / "weights.png", curves)
-    figures.overview_png(config.out / "overview.png", grids, curves)
 
 
 @contextmanager

@@ -204,6 +204,5 @@ def _newest(training: Training, checkpoints: Checkpoints) -> tuple[int, State] |
 def _progress_bar(stage: str, first: int, steps: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(
-        total=steps, initial=first, desc=stage, mininterval=0.5, dynamic_ncols=True, disable=not ranks.is_main()
-    )
+    bar = {"total": steps, "initial": first, "desc": stage, "mininterval": 0.5, "dynamic_ncols": True}
+    return tqdm(**bar) if ranks.is_main() else tqdm(**bar, disable=True)  # else TQDM_DISABLE can say so
