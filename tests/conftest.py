@@ -88,6 +88,15 @@ class Backend:
         return self.randn(*shape, dtype=dtype, seed=seed).requires_grad_()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Two threads that wait for each other are many times slower where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter() -> None:
     """Triton's interpreter replaces the functions of its language at every call of a device function, also where that

@@ -6,11 +6,11 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from trainer_cases import need_extra
 
 import fdistill_ops as fd
 from fdistill_ops.trainer import edm, files, networks
@@ -22,17 +22,9 @@ from fdistill_ops.trainer.distill import Distillation, generate
 TINY = ["--quick", "--teacher-steps", "6", "--distill-steps", "7", "--batch-size", "16", "--device", "cpu"]
 TIMES = ("seconds", "samples_per_second")
 
-for _module in ("sklearn", "matplotlib", "tqdm"):
-    pytest.importorskip(_module, reason="the trainer's extra is not installed")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads that wait for each other are many times slower where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+need_extra()
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,14 @@ import base64
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from trainer_cases import need_extra
 
 import fdistill_ops as fd
 from fdistill_ops.trainer import comparison_report, findings
@@ -23,17 +24,9 @@ from fdistill_ops.trainer.data import load
 from fdistill_ops.trainer.distill import Distillation
 from fdistill_ops.trainer.networks import Denoiser
 
-for _module in ("sklearn", "matplotlib", "tqdm"):
-    pytest.importorskip(_module, reason="the trainer's extra is not installed")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads that wait for each other are many times slower where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+need_extra()
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics

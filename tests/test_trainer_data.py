@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from trainer_cases import need_extra
 
 from fdistill_ops.trainer import own_data
 from fdistill_ops.trainer.__main__ import main
@@ -15,8 +16,7 @@ from fdistill_ops.trainer.config import Config
 from fdistill_ops.trainer.data import NAMES, load
 from fdistill_ops.trainer.own_data import DataError, read
 
-for _module in ("sklearn", "matplotlib", "tqdm"):
-    pytest.importorskip(_module, reason="the trainer's extra is not installed")
+need_extra()
 
 from PIL import Image  # noqa: E402
 

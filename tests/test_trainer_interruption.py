@@ -8,13 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from trainer_cases import EVERY, STEPS, TINY, distillation, environment, same, wait_for
+from trainer_cases import EVERY, STEPS, TINY, distillation, environment, need_extra, same, wait_for
 
 from fdistill_ops.trainer.__main__ import main
 from fdistill_ops.trainer.checkpoints import Checkpoints
@@ -24,18 +23,9 @@ from fdistill_ops.trainer.distill import Distillation
 from fdistill_ops.trainer.files import Log
 from fdistill_ops.trainer.training import Training, train
 
-pytestmark = pytest.mark.no_poison
+pytestmark = [pytest.mark.no_poison, pytest.mark.usefixtures("one_thread")]
 
-for _module in ("sklearn", "matplotlib", "tqdm"):
-    pytest.importorskip(_module, reason="the trainer's extra is not installed")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+need_extra()
 
 
 @pytest.fixture(scope="module")

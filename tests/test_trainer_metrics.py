@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
+from trainer_cases import need_extra
 
 import fdistill_ops as fd
 from fdistill_ops.trainer import evaluate
@@ -14,17 +14,9 @@ from fdistill_ops.trainer.config import Config
 from fdistill_ops.trainer.data import load
 from fdistill_ops.trainer.mixtures import MIXTURES, Mixture, Quadrature
 
-for _module in ("sklearn", "matplotlib", "tqdm"):
-    pytest.importorskip(_module, reason="the trainer's extra is not installed")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads that wait for each other are many times slower where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+need_extra()
 
 
 @pytest.fixture(scope="module")

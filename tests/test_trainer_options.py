@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from trainer_cases import TINY, distillation, same
+from trainer_cases import TINY, distillation, need_extra, same
 
 import fdistill_ops as fd
 from fdistill_ops.stats import FIELDS
@@ -25,18 +24,9 @@ from fdistill_ops.trainer.files import Log
 from fdistill_ops.trainer.networks import Denoiser
 from fdistill_ops.trainer.teacher import TeacherTraining
 
-pytestmark = pytest.mark.no_poison
+pytestmark = [pytest.mark.no_poison, pytest.mark.usefixtures("one_thread")]
 
-for _module in ("sklearn", "matplotlib", "tqdm"):
-    pytest.importorskip(_module, reason="the trainer's extra is not installed")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+need_extra()
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,11 @@ TINY = ["--quick", "--teacher-steps", "9", "--distill-steps", str(STEPS), "--che
 TINY += ["--width", "16", "--depth", "1", "--batch-size", "16", "--divergences", "js", "--device", "cpu"]
 
 
+def need_extra() -> None:
+    for module in ("sklearn", "matplotlib", "tqdm"):
+        pytest.importorskip(module, reason="the trainer's extra is not installed")
+
+
 def distillation(data: Data, **settings: Any) -> Distillation:
     few = {"distill_steps": STEPS, "checkpoint_every": EVERY, "log_every": 3, "width": 16, "depth": 1, "batch_size": 16}
     config = Config(**(few | settings))

@@ -90,7 +90,7 @@ _POINTS: dict[str, Any] = {
     "noise_std": 1.4,
     "sigma_max": 5.0,
     "distill_steps": 2000,
-    "fake_updates": 1,
+    "student_lr": 5e-4,
     "gan_weight": 0.003,
     "distill_sigma_min": 0.03,
 }

@@ -19,7 +19,7 @@ from .evaluate import Judge, Sampler, evaluate
 from .files import Log, say
 from .networks import Classifier, Denoiser
 from .teacher import ClassifierTraining, TeacherTraining
-from .training import initialised, train
+from .training import TrainingError, initialised, train
 
 # The settings that decide what a stage makes of its data, besides those that count for all.
 SETTINGS = {
@@ -37,6 +37,8 @@ class Stages:
     """The trainings of one data set, each from its checkpoints where there are some."""
 
     def __init__(self, config: Config, data: Data, log: Log) -> None:
+        if config.guidance != 1 and data.classes == 1:
+            raise TrainingError(f"--guidance {config.guidance} needs classes, and {data.name} has none")
         self.config, self.data, self.log = config, data, log
         self.fingerprint = data.fingerprint
 
