@@ -7,7 +7,6 @@ was measured in ``results``, so that an interrupted comparison goes on where it 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import sys
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -85,7 +84,6 @@ def in_parallel(comparison: Comparison) -> None:
 
 
 def _process(config: Config) -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # bars of several processes would overwrite each other
     torch.set_num_threads(config.threads)
     try:
         with raised():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import multiprocessing
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -204,5 +205,6 @@ def _newest(training: Training, checkpoints: Checkpoints) -> tuple[int, State] |
 def _progress_bar(stage: str, first: int, steps: int) -> Any:
     from tqdm import tqdm
 
-    bar = {"total": steps, "initial": first, "desc": stage, "mininterval": 0.5, "dynamic_ncols": True}
-    return tqdm(**bar) if ranks.is_main() else tqdm(**bar, disable=True)  # else TQDM_DISABLE can say so
+    # Bars of several processes would overwrite each other.
+    hidden = not ranks.is_main() or multiprocessing.parent_process() is not None
+    return tqdm(total=steps, initial=first, desc=stage, mininterval=0.5, dynamic_ncols=True, disable=hidden)
