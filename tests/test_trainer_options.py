@@ -215,7 +215,7 @@ def test_float16_gradients_are_scaled(data: Data) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"precision": "bfloat16"}, {"student_steps": 2, "guidance": 2.0}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"precision": "bfloat16", "student_steps": 2, "guidance": 2.0}], ids=str)
 def test_compiled_step(settings: dict[str, Any], data: Data) -> None:
     """Without a graph break, and with the losses and the histogram of the step that is not compiled. In bfloat16 the
     score difference, at first nothing but rounding, says nothing."""
