@@ -35,7 +35,7 @@ def data() -> Data:
     gen = torch.Generator("cuda").manual_seed(0)
     images = torch.rand(200, 8, 8, generator=gen, device="cuda") * 2 - 1
     labels = torch.randint(10, (200,), generator=gen, device="cuda")
-    return Data(images[:150], labels[:150], images[150:], labels[150:], classes=10)
+    return Data("random", images[:150], labels[:150], images[150:], labels[150:], classes=10)
 
 
 def updates(training: Any) -> int:
