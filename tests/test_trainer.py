@@ -62,6 +62,36 @@ def test_initial_denoiser_is_ideal_for_gaussian_data(gen: torch.Generator) -> No
     assert float(edm.denoising_loss(prediction, x0, sigma, 0.5)) == pytest.approx(1, abs=0.04)
 
 
+@pytest.mark.parametrize(
+    ("shape", "patches"), [((8, 8), None), ((2,), None), ((3, 18, 16), None), ((16, 20), (4, 5)), ((3, 32, 16), (8, 4))]
+)
+def test_images_are_cut_into_patches(shape: tuple[int, ...], patches: tuple[int, int] | None) -> None:
+    """Token r * columns + c is the square of 4 x 4 pixels in row r and column c, of all channels."""
+    denoiser = networks.Denoiser(shape, classes=2, width=8, depth=1, sigma_data=0.5)
+    assert denoiser.patches == patches
+    x = torch.arange(2.0 * math.prod(shape)).view(2, *shape)
+    tokens = denoiser.tokens(x)
+    assert torch.equal(denoiser.samples(tokens), x)
+    if patches is None:
+        assert torch.equal(tokens, x.flatten(1)[:, None])
+        return
+    for row in range(patches[0]):
+        for column in range(patches[1]):
+            square = x[..., 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            assert torch.equal(tokens[:, row * patches[1] + column], square.flatten(1))
+
+
+def test_patches_see_each_other() -> None:
+    torch.manual_seed(0)
+    denoiser = networks.Denoiser((16, 16), classes=2, width=8, depth=2, sigma_data=0.5)
+    for parameter in denoiser.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter)
+    x = torch.randn(1, 16, 16, requires_grad=True)
+    denoiser(x, torch.ones(1), torch.zeros(1, dtype=torch.long))[0, 0, 0].backward()
+    assert x.grad is not None and bool((x.grad != 0).all())
+
+
 def test_heun_samples_a_gaussian(gen: torch.Generator) -> None:
     """With the ideal denoiser of N(m, s^2), from sigma = T: the solution of the ODE is
     x(0) = m + s (x(T) - m) / sqrt(s^2 + T^2)."""

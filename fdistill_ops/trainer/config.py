@@ -99,7 +99,7 @@ DATA: dict[str, dict[str, Any]] = {
     "digits": {},
     "ring": _POINTS,
     "grid": _POINTS | {"width": 128, "teacher_steps": 6000, "teacher_lr": 3e-3},
-    "patches": {"width": 256, "depth": 3, "batch_size": 64, "teacher_steps": 1500, "distill_steps": 250},
+    "patches": {"width": 128, "batch_size": 64, "teacher_steps": 1500, "distill_steps": 250},
 }
 
 
