@@ -28,6 +28,7 @@ from .evaluate import Judge, Row, Sampler, evaluate
 from .files import Log, say
 from .findings import REFERENCE, canonical, findings
 from .interruption import Interrupted, raised
+from .own_data import DataError
 from .run import Stages, teacher_samplers
 from .training import TrainingError, random_numbers
 
@@ -47,7 +48,7 @@ class Comparison:
 def compare(comparison: Comparison) -> None:
     """Trains and measures what is not there yet, and writes the report. Its tables go to stdout."""
     for config in comparison.runs:
-        load(config)  # what is wrong with somebody's data comes before any training
+        Stages(config, load(config), Log(None))  # what is wrong with somebody's data comes before any training
     if comparison.jobs > 1:
         in_parallel(comparison)
     measured = [measure(config) for config in comparison.runs]
@@ -90,7 +91,7 @@ def _process(config: Config) -> None:
             measure(config)
     except Interrupted as signal:
         sys.exit(signal.status)
-    except (TrainingError, OSError) as error:
+    except (TrainingError, DataError, OSError) as error:
         say(f"fdistill-train: {config.data}, seed {config.seed}: error: {error}")
         sys.exit(1)
 
