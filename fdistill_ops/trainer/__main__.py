@@ -147,6 +147,9 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace, names
         if batch_size % ranks.requested():
             allowed = f"a multiple of the number of ranks, {ranks.requested()}"
             parser.error(f"argument --batch-size: must be {allowed}, got {batch_size}")
+        if batch_size < arguments.student_steps:
+            steps = arguments.student_steps
+            parser.error(f"argument --batch-size: must be at least --student-steps, {steps}, got {batch_size}")
     arguments.device = ranks.own_device(arguments.device)
     if arguments.cuda_graph and not arguments.device.startswith("cuda"):
         parser.error(f"argument --cuda-graph: needs --device cuda, got {arguments.device}")
