@@ -7,7 +7,10 @@ was measured in ``results``, so that an interrupted comparison goes on where it 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -84,13 +87,21 @@ def in_parallel(comparison: Comparison) -> None:
             process.join()
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)  # on which a training saves
+
+
 def _process(config: Config) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()  # nobody else ends it where that was killed
     torch.set_num_threads(config.threads)
     try:
         with raised():
             measure(config)
-    except Interrupted as signal:
-        sys.exit(signal.status)
+    except Interrupted as interrupted:
+        sys.exit(interrupted.status)
     except (TrainingError, DataError, OSError) as error:
         say(f"fdistill-train: {config.data}, seed {config.seed}: error: {error}")
         sys.exit(1)
