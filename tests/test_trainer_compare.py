@@ -345,6 +345,17 @@ def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path, capsy
     assert not (tmp_path / "out").exists()
 
 
+def test_refused_under_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as status:
+        main(["compare", "--out", str(tmp_path / "out")])
+    assert status.value.code == 2 and not (tmp_path / "out").exists()
+    assert "compare runs without torchrun" in capsys.readouterr().err
+
+
 def test_guidance_without_classes_is_found_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *COMPARE, "--data", "digits,ring", "--guidance", "2", "--out", str(tmp_path)]) == 1
     assert "--guidance 2.0 needs classes, and ring has none" in capsys.readouterr().err

@@ -95,9 +95,9 @@ def _comparison(argv: Sequence[str]) -> Comparison:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="output folder (default: %(default)s)")
     _add_options(parser, COMPARED)
     arguments = parser.parse_args(argv)
-    _check(parser, arguments, arguments.data)
     if ranks.requested() > 1:
         parser.error("compare runs without torchrun; --jobs is how many processes it starts")
+    _check(parser, arguments, arguments.data)
     names, seeds, jobs = arguments.data, arguments.seeds or (1 if arguments.quick else 3), arguments.jobs
     del arguments.seeds, arguments.jobs
     runs = []
