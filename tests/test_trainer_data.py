@@ -297,7 +297,7 @@ def test_arrays_that_are_refused(tmp_path: Path) -> None:
     assert "dtype complex128" in refused(noise(12, 9, 7).astype(complex))
     assert "cannot be read" in refused(np.array([{}] * 12, dtype=object))
     assert "values from 0 to 25" in refused(noise(12, 9, 7).astype(float))
-    assert refused(np.repeat(noise(1, 9, 7), 12, axis=0)) == "every image is the same"
+    assert "the same" in refused(np.zeros((12, 9, 7)))
     assert "12 of 12 images" in refused(noise(12, 9, 7) * 1e300)
     bad = noise(12, 9, 7) / 255
     bad[3, 0, 0], bad[4, :, 0] = np.nan, np.inf

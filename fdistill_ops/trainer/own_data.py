@@ -57,8 +57,8 @@ def read(path: Path, size: int | None = None) -> Images:
         raise DataError(f"{path}: {len(images)} images; at least {LEAST} are needed")
     if few:
         raise DataError(f"{path}: classes of fewer than {LEAST} images: {_some(few)}")
-    if bool((images == images[0]).all()):
-        raise DataError(f"{path}: every image is the same")
+    if images.min() == images.max():
+        raise DataError(f"{path}: every value of every image is the same")
     return Images(images.squeeze(1), torch.from_numpy(classes.reshape(-1)).long(), len(names))
 
 
