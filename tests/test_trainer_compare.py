@@ -345,6 +345,31 @@ def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path, capsy
     assert not (tmp_path / "out").exists()
 
 
+def test_refused_under_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as status:
+        main(["compare", "--out", str(tmp_path / "out")])
+    assert status.value.code == 2 and not (tmp_path / "out").exists()
+    assert "compare runs without torchrun" in capsys.readouterr().err
+
+
+def test_guidance_without_classes_is_found_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *COMPARE, "--data", "digits,ring", "--guidance", "2", "--out", str(tmp_path)]) == 1
+    assert "--guidance 2.0 needs classes, and ring has none" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_images_called_as_a_mixture(tmp_path: Path) -> None:
+    """They are drawn as images."""
+    np.save(tmp_path / "ring.npy", np.random.default_rng(0).integers(0, 256, (20, 4, 4), dtype=np.uint8))
+    arguments = ["compare", *TINY, "--divergences", "js", "--data", str(tmp_path / "ring.npy")]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert report(tmp_path / "out")["findings"] == []
+
+
 def test_bad_data_is_found_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert main(["compare", *COMPARE, "--data", f"ring,{tmp_path / 'empty'}", "--out", str(tmp_path / "out")]) == 1

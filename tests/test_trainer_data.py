@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from fdistill_ops.trainer import own_data
 from fdistill_ops.trainer.__main__ import main
 from fdistill_ops.trainer.config import Config
 from fdistill_ops.trainer.data import NAMES, load
+from fdistill_ops.trainer.evaluate import Judge, Sampler
+from fdistill_ops.trainer.networks import Classifier
 from fdistill_ops.trainer.own_data import DataError, read
 
 need_extra()
@@ -175,6 +178,31 @@ def test_unreadable_files_are_counted_and_named(tmp_path: Path) -> None:
     assert "bad2.png" in message and "bad3.png" not in message and message.endswith(" and 2 more")
 
 
+def test_a_refusal_is_one_line(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / "two\nlines.png").write_bytes(b"")
+    assert "two lines.png" in refusal(tmp_path)
+
+
+def test_wide_integers_are_refused(tmp_path: Path) -> None:
+    """Pillow gives some 16-bit pictures in 32 bits, so that the values decide."""
+    fill(tmp_path, size=(4, 4))
+    Image.fromarray(np.full((4, 4), 65535, dtype=np.int32)).save(tmp_path / "white.tiff")
+    assert read(tmp_path).images.max() == 1
+    Image.fromarray(np.full((4, 4), 65536, dtype=np.int32)).save(tmp_path / "more.tiff")
+    assert "white" not in refusal(tmp_path) and "more.tiff (pixels of 32 bits have no known range)" in refusal(tmp_path)
+
+
+def test_links(tmp_path: Path) -> None:
+    """Classes may be links; one to a folder above leads nowhere."""
+    for name in "ab":
+        (tmp_path / "all").mkdir(exist_ok=True)
+        (tmp_path / "all" / name).symlink_to(fill(tmp_path / f"elsewhere-{name}"))
+        (tmp_path / f"elsewhere-{name}" / "up").symlink_to(tmp_path / "all")
+    found = read(tmp_path / "all")
+    assert found.labels.tolist().count(0) == found.labels.tolist().count(1) == COUNT
+
+
 def test_mixed_sizes_are_counted(tmp_path: Path) -> None:
     fill(tmp_path)
     fill(tmp_path, 3, first=50, size=(7, 8))
@@ -270,6 +298,7 @@ def test_arrays_that_are_refused(tmp_path: Path) -> None:
     assert "cannot be read" in refused(np.array([{}] * 12, dtype=object))
     assert "values from 0 to 25" in refused(noise(12, 9, 7).astype(float))
     assert "the same" in refused(np.zeros((12, 9, 7)))
+    assert "12 of 12 images" in refused(noise(12, 9, 7) * 1e300)
     bad = noise(12, 9, 7) / 255
     bad[3, 0, 0], bad[4, :, 0] = np.nan, np.inf
     assert refused(bad) == "2 of 12 images hold values that are not finite"
@@ -352,6 +381,31 @@ def test_run_on_other_data(kind: str, tmp_path: Path, capsys: pytest.CaptureFixt
         assert (f"| {column} " in table) == (kind in kinds)
     for name in ("overview", "weights", "student_js"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+alike = np.repeat(noise(2, 5, 4), (1, 39), axis=0)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (noise(8, 5, 4), np.zeros(8, dtype=int)),
+        (noise(20, 1, 1), np.zeros(20, dtype=int)),
+        (alike, np.zeros(40, dtype=int)),
+        (alike, np.arange(40) % 2),
+    ],
+    ids=["few", "one pixel", "alike", "alike in classes"],
+)
+def test_poor_images_are_judged(images: np.ndarray, labels: np.ndarray, tmp_path: Path) -> None:
+    """Two held out; one feature; features without any variance."""
+    np.savez(tmp_path / "data.npz", images=images, labels=labels)
+    for seed in range(10):  # with several of them the image that differs is held out
+        data = load(Config(data=str(tmp_path / "data.npz"), seed=seed))
+        classifier = Classifier(data.shape, data.classes) if data.classes > 1 else None
+        judge = Judge(data, classifier, seed)
+        row = judge.row("", [data.held_out], data.held_out_labels)
+        row |= judge.coverage(Sampler("", 1, lambda unit, _: unit), torch.Generator().manual_seed(0))
+        assert all(math.isfinite(row[name]) for name in ("frechet", "precision", "recall", "modes_lost"))
 
 
 def test_a_large_picture_is_not_the_only_reason(tmp_path: Path) -> None:

@@ -239,3 +239,17 @@ def test_run_after_an_interruption(tmp_path: Path) -> None:
     for row in (*rows[0], *rows[1]):
         del row["samples_per_second"]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_processes_of_a_killed_comparison(tmp_path: Path) -> None:
+    """They save and end too, rather than train on with nobody to report to."""
+    command = [sys.executable, "-m", "fdistill_ops.trainer", "compare", *TINY, "--data", "ring", "--seeds", "2"]
+    command += ["--jobs", "2", "--out", str(tmp_path), "--distill-steps", "20000", "--checkpoint-every", "20"]
+    comparison = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+    wait_for(tmp_path / "cache", "student-js-*-00000[1-9]*.pt", comparison)
+    comparison.kill()
+    error = comparison.communicate(timeout=30)[1]  # which the processes hold open until they end
+    assert "Traceback" not in error and "done" not in error
+    for path in (tmp_path / "cache").glob("*.pt"):
+        torch.load(path, weights_only=True)

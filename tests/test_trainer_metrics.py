@@ -180,3 +180,19 @@ def test_coverage_of_a_sampler(gen: torch.Generator) -> None:
     assert all(0 <= value < 0.01 for value in rows[0]["divergences"].values())
     # q is one component of p, whose weight is 1 / 1.99: log 1.99 in one direction.
     assert rows[1]["divergences"]["reverse_kl"] == pytest.approx(math.log(255 / 128), abs=0.01)
+
+
+def test_large_samples_are_drawn_in_parts(gen: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = evaluate.Judge(load(Config(data="ring")), None, seed=0)
+    drawn: list[int] = []
+
+    def sample(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        drawn.append(len(noise))
+        assert len(labels) == len(noise)
+        return noise
+
+    whole = judge.coverage(evaluate.Sampler("", 1, sample), gen)
+    monkeypatch.setattr(evaluate, "LARGEST_DRAW", 20_000)
+    parts = judge.coverage(evaluate.Sampler("", 1, sample), gen)
+    assert sum(drawn[1:]) == drawn[0] == judge.modes.samples_needed and max(drawn[1:]) == 10_000
+    assert parts["high_quality"] == pytest.approx(whole["high_quality"], abs=0.02)

@@ -87,6 +87,13 @@ def test_no_gradient_where_none_is_wanted() -> None:
         assert not generate(Recorder(), torch.zeros(2, 1, 3), torch.zeros(2, dtype=torch.long), [1.0]).requires_grad
 
 
+def test_no_step_is_left_untrained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        main(["--student-steps", "4", "--batch-size", "3", "--device", "cpu", "--out", str(tmp_path / "out")])
+    assert status.value.code == 2 and not (tmp_path / "out").exists()
+    assert "argument --batch-size: must be at least --student-steps, 4, got 3" in capsys.readouterr().err
+
+
 def test_levels() -> None:
     assert student_levels(Config()) == pytest.approx([20.0])
     levels = student_levels(Config(student_steps=4))

@@ -95,9 +95,9 @@ def _comparison(argv: Sequence[str]) -> Comparison:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="output folder (default: %(default)s)")
     _add_options(parser, COMPARED)
     arguments = parser.parse_args(argv)
-    _check(parser, arguments, arguments.data)
     if ranks.requested() > 1:
         parser.error("compare runs without torchrun; --jobs is how many processes it starts")
+    _check(parser, arguments, arguments.data)
     names, seeds, jobs = arguments.data, arguments.seeds or (1 if arguments.quick else 3), arguments.jobs
     del arguments.seeds, arguments.jobs
     runs = []
@@ -147,6 +147,9 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace, names
         if batch_size % ranks.requested():
             allowed = f"a multiple of the number of ranks, {ranks.requested()}"
             parser.error(f"argument --batch-size: must be {allowed}, got {batch_size}")
+        if batch_size < arguments.student_steps:
+            steps = arguments.student_steps
+            parser.error(f"argument --batch-size: must be at least --student-steps, {steps}, got {batch_size}")
     arguments.device = ranks.own_device(arguments.device)
     if arguments.cuda_graph and not arguments.device.startswith("cuda"):
         parser.error(f"argument --cuda-graph: needs --device cuda, got {arguments.device}")

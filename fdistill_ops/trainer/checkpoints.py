@@ -5,6 +5,7 @@ A finished training is one that stands at its last step; so this is the cache of
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import zipfile
@@ -35,8 +36,10 @@ class Checkpoints:
     def save(self, step: int, state: State) -> None:
         """Written aside, flushed to the disk and renamed: a kill at any moment leaves the file before or this one."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()  # what torch.save raises where a disk is full is no OSError
+        torch.save({"format": FORMAT, "key": self.key, "step": step, "state": state}, content)
         with whole_file(self.path(step)) as partial:
-            torch.save({"format": FORMAT, "key": self.key, "step": step, "state": state}, partial)
+            partial.write_bytes(content.getbuffer())
         self.whole = [*(known for known in self.whole if known < step), step]
         for known in self.whole[:-KEPT]:
             self.path(known).unlink(missing_ok=True)

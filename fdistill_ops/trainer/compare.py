@@ -7,7 +7,10 @@ was measured in ``results``, so that an interrupted comparison goes on where it 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -28,6 +31,7 @@ from .evaluate import Judge, Row, Sampler, evaluate
 from .files import Log, say
 from .findings import REFERENCE, canonical, findings
 from .interruption import Interrupted, raised
+from .own_data import DataError
 from .run import Stages, teacher_samplers
 from .training import TrainingError, random_numbers
 
@@ -47,7 +51,7 @@ class Comparison:
 def compare(comparison: Comparison) -> None:
     """Trains and measures what is not there yet, and writes the report. Its tables go to stdout."""
     for config in comparison.runs:
-        load(config)  # what is wrong with somebody's data comes before any training
+        Stages(config, load(config), Log(None))  # what is wrong with somebody's data comes before any training
     if comparison.jobs > 1:
         in_parallel(comparison)
     measured = [measure(config) for config in comparison.runs]
@@ -83,14 +87,22 @@ def in_parallel(comparison: Comparison) -> None:
             process.join()
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)  # on which a training saves
+
+
 def _process(config: Config) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()  # nobody else ends it where that was killed
     torch.set_num_threads(config.threads)
     try:
         with raised():
             measure(config)
-    except Interrupted as signal:
-        sys.exit(signal.status)
-    except (TrainingError, OSError) as error:
+    except Interrupted as interrupted:
+        sys.exit(interrupted.status)
+    except (TrainingError, DataError, OSError) as error:
         say(f"fdistill-train: {config.data}, seed {config.seed}: error: {error}")
         sys.exit(1)
 

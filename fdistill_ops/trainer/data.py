@@ -80,7 +80,7 @@ def load(config: Config) -> Data:
 
 def name_of(data: str) -> str:
     """What a data set, given by name or path, is called."""
-    return data if data in NAMES else Path(data).resolve().stem
+    return data if data in NAMES else Path(data).resolve().stem.encode(errors="replace").decode()
 
 
 def _split(name: str, samples: Images, train: Tensor, held_out: Tensor, device: torch.device) -> Data:

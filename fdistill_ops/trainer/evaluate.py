@@ -30,6 +30,7 @@ COMPONENTS = 32  # principal components
 CLUSTERS = 20  # at most, of at least 30 training images on average
 WITHIN = 3.0  # standard deviations from its centre to which a component of a mixture reaches: 98.9% of it
 LOST = 0.1  # of its true mass, below which a mode is lost
+LARGEST_DRAW = 2**26  # numbers sampled at a time: 256 MiB
 LEAST_EXPECTED = 100  # samples of the lightest mode, if it has its true mass: 10 or fewer are no accident
 
 
@@ -37,7 +38,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Between the Gaussians with the means and covariances of two sets of features [N, D] (Heusel et al.,
     arXiv 1706.08500, eq. 6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))."""
     a, b = a.double(), b.double()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
+    cov_a, cov_b = (torch.atleast_2d(one.T.cov()) for one in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     # (C_a C_b)^(1/2) has the trace of (root C_b root)^(1/2), which is symmetric.
@@ -57,8 +58,8 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tu
 
 
 def _radii(points: Tensor, k: int) -> Tensor:
-    """Distance of each point to its k-th nearest neighbour, itself not counted."""
-    return torch.cdist(points, points).kthvalue(k + 1, dim=1).values
+    """Distance of each point to its k-th nearest neighbour, itself not counted; to the last where there are fewer."""
+    return torch.cdist(points, points).kthvalue(min(k + 1, len(points)), dim=1).values
 
 
 # --------------------------------------------------------------------------------------------------------------- modes
@@ -106,9 +107,10 @@ def image_modes(features: Tensor, seed: int) -> Modes:
 
     count = min(CLUSTERS, max(2, len(features) // 30))
     clusters = KMeans(count, n_init=4, random_state=seed % 2**32).fit(features.double().cpu().numpy())
-    centres = torch.from_numpy(clusters.cluster_centers_).to(features.device)
+    centres = torch.from_numpy(clusters.cluster_centers_)
     masses = torch.from_numpy(clusters.labels_).long().bincount(minlength=count).double() / len(features)
-    return Modes(centres, masses.to(features.device))
+    some = masses > 0  # all of them, unless fewer images than clusters differ
+    return Modes(centres[some].to(features.device), masses[some].to(features.device))
 
 
 # --------------------------------------------------------------------------------------------------------------- judge
@@ -122,7 +124,7 @@ def principal_components(images: Tensor, seed: int) -> Features:
     count = min(COMPONENTS, *flat.shape)
     found = PCA(count, svd_solver="randomized", random_state=seed % 2**32).fit(flat.cpu().numpy())
     mean = torch.from_numpy(found.mean_).to(flat)
-    directions = torch.from_numpy(found.components_.T / found.explained_variance_[0] ** 0.5).to(flat)
+    directions = torch.from_numpy(found.components_.T / (found.explained_variance_[0] ** 0.5 or 1.0)).to(flat)
     return lambda samples: (samples.flatten(1) - mean) @ directions
 
 
@@ -130,6 +132,7 @@ def classifier_features(classifier: Classifier, images: Tensor) -> Features:
     """Its features, scaled to unit variance on training images."""
     features = classifier.features(images)
     mean, std = features.mean(0), features.std(0)
+    std = std.where(std > 0, 1.0)
     return lambda samples: (classifier.features(samples) - mean) / std
 
 
@@ -189,10 +192,12 @@ class Judge:
         its samples that is near a mode, and its divergences from the mixture: Jensen-Shannon, and those named."""
         count = self.modes.samples_needed
         labels = self.data.train_labels.repeat(-(-count // len(self.data.train_labels)))[:count]
-        samples = sampler(edm.normal((count, *self.data.shape), gen), labels)
-        row = self.modes.coverage(self.features(samples))
-        if self.quadrature is not None:
-            density = self.quadrature.density(samples)
+        most = LARGEST_DRAW // math.prod(self.data.shape)  # one outlier is a mode of few images, and needs many samples
+        parts = (sampler(edm.normal((len(part), *self.data.shape), gen), part) for part in labels.split(most))
+        features = torch.cat([self.features(samples) for samples in parts])
+        row = self.modes.coverage(features)
+        if self.quadrature is not None:  # the features are the points themselves
+            density = self.quadrature.density(features)
             row["jensen_shannon"] = self.quadrature.divergence(density, "jensen_shannon")
             row["divergences"] = {name: self.quadrature.divergence(density, name) for name in divergences}
         return row

@@ -25,6 +25,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # that of a full disk names none
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,10 @@ SHOWN = 3  # of many names in a message
 
 
 class DataError(ValueError):
-    """What is wrong with somebody's data, as one line."""
+    """What is wrong with somebody's data, as one line, whatever the names in it hold."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,7 @@ def _image_files(path: Path) -> list[Path]:
     from PIL import Image
 
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    visible = [
-        file
-        for file in sorted(path.rglob("*"))
-        if not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+    visible = sorted(_visible(path))
     files = [file for file in visible if file.suffix.lower() in suffixes and file.is_file()]
     folders = [file for file in visible if file.is_dir() and file.parent == path]
     if not files:
@@ -129,6 +128,21 @@ def _image_files(path: Path) -> list[Path]:
     return files
 
 
+def _visible(path: Path) -> Iterator[Path]:
+    """What is in a folder, at any depth and through links, but not twice on one way down."""
+    pending = [(path, {path.resolve()})]
+    while pending:
+        folder, above = pending.pop()
+        for file in folder.iterdir():
+            if file.name.startswith("."):
+                continue
+            if not file.is_dir():
+                yield file
+            elif (target := file.resolve()) not in above:
+                yield file
+                pending.append((file, above | {target}))
+
+
 def _picture(file: Path) -> Tensor:
     """[1 or 3, H, W] in [0, 1]: turned as its EXIF data says; of a film the first picture."""
     from PIL import Image, ImageOps
@@ -137,8 +151,11 @@ def _picture(file: Path) -> Tensor:
         image = ImageOps.exif_transpose(opened)
         if image.mode == "F":
             raise ValueError("floating-point pixels have no known range")
-        if image.mode.startswith("I"):  # 16 bits
-            return torch.from_numpy(np.asarray(image).astype(np.float32) / 65535).clamp(0, 1)[None]
+        if image.mode.startswith("I"):  # 16 bits; some of them Pillow gives in 32
+            pixels = np.asarray(image)
+            if pixels.min() < 0 or pixels.max() > 65535:
+                raise ValueError("pixels of 32 bits have no known range")
+            return torch.from_numpy(pixels.astype(np.float32) / 65535)[None]
         if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
             return _on_white(_channels_first(np.asarray(image.convert("RGBA"))))
         return _channels_first(np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")))
@@ -201,14 +218,16 @@ def _numbers(array: np.ndarray, path: Path) -> Tensor:
         )
     elif array.shape[3] in CHANNELS:
         array = array.transpose(0, 3, 1, 2)
-    if array.dtype in (np.uint8, np.uint16):
+    if array.dtype.kind == "u" and array.dtype.itemsize <= 2:
         return torch.from_numpy(array.astype(np.float32) / np.iinfo(array.dtype).max)
     if array.dtype.kind != "f":
         raise DataError(f"{path}: images of dtype {array.dtype}; it must be uint8, uint16 or floating point")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
     bad = int((~np.isfinite(array)).reshape(len(array), -1).any(1).sum())
     if bad:
         raise DataError(f"{path}: {bad} of {len(array)} images hold values that are not finite")
-    return torch.from_numpy(array.astype(np.float32))
+    return torch.from_numpy(array)
 
 
 def _in_range(images: Tensor, path: Path) -> Tensor:
