@@ -77,9 +77,10 @@ def in_parallel(comparison: Comparison) -> None:
                 process.start()
                 running.append(process)
             wait([process.sentinel for process in running])
-            if any(process.exitcode for process in running):
+            ended = [process for process in running if process.exitcode is not None]
+            if any(process.exitcode for process in ended):
                 raise TrainingError("one of the processes has failed")
-            running = [process for process in running if process.exitcode is None]
+            running = [process for process in running if process not in ended]
     finally:
         for process in running:
             process.terminate()  # SIGTERM, on which a training saves
