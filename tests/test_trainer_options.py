@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from trainer_cases import TINY, distillation, need_extra, same
 
 import fdistill_ops as fd
 from fdistill_ops.stats import FIELDS
 from fdistill_ops.trainer import edm
 from fdistill_ops.trainer.__main__ import main
+from fdistill_ops.trainer.capture import CapturedUpdate
 from fdistill_ops.trainer.config import Config
 from fdistill_ops.trainer.data import Data, load
 from fdistill_ops.trainer.distill import generate, guided, student_levels
@@ -247,6 +251,73 @@ def test_gradients_reach_the_trained_network_alone(data: Data) -> None:
     assert same(heads, [parameter.grad for parameter in training.head.parameters()])
     assert all(parameter.grad is None for parameter in training.teacher.parameters())
     assert all(parameter.grad is None for parameter in training.average.parameters())
+
+
+class Graph:
+    """Stands for CUDA's: what is called within ``capture`` runs when it is replayed, on the same tensors."""
+
+    def __init__(self) -> None:
+        self.work: list[Any] = []
+
+    def replay(self) -> None:
+        for work in self.work:
+            work()
+
+
+def test_captured_update_runs_once_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm-up calls, the one that captures and those that replay: each is one update, with its own inputs."""
+    capturing: list[Graph] = []
+
+    @contextlib.contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        capturing.append(graph)
+        yield
+        capturing.pop()
+
+    @contextlib.contextmanager
+    def stream(_: object) -> Iterator[None]:
+        yield
+
+    waits = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {"CUDAGraph": Graph, "graph": capture, "stream": stream}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: waits)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: waits)
+    total, result = torch.zeros(()), torch.zeros(())
+
+    class Inputs(NamedTuple):
+        value: Tensor
+
+    def update(inputs: Inputs) -> Tensor:
+        def work() -> None:
+            total.add_(inputs.value)
+            result.copy_(2 * inputs.value)
+
+        if capturing:
+            capturing[-1].work.append(work)
+        else:
+            work()
+        return result
+
+    captured = CapturedUpdate(update)
+    for value in range(1, 8):
+        assert float(captured(Inputs(torch.tensor(float(value))))) == 2 * value
+        assert float(total) == value * (value + 1) / 2
+    assert captured.graph is not None and len(captured.graph.work) == 1  # type: ignore[attr-defined]
+
+
+def test_captured_update_copies_nothing_from_the_host(data: Data) -> None:
+    """What is captured makes no tensor of Python numbers."""
+    training = distillation(data, student_steps=2, guidance=2.0)
+    draws = training.draw()
+
+    class NoCopies(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert function not in (torch.tensor, torch.as_tensor, Tensor.new_tensor, Tensor.item, Tensor.cpu), function
+            return function(*args, **(kwargs or {}))
+
+    with NoCopies():
+        training.student_losses(draws)
 
 
 # ---------------------------------------------------------------------------------------------------------------- logs

@@ -94,6 +94,7 @@ class Distillation(Training):
         self.stage, self.steps = divergence, config.distill_steps
         self.gen = random_numbers(config, "distillation")
         self.levels = student_levels(config)
+        self.level_of_step = torch.tensor(self.levels, device=config.device)  # a CUDA graph copies nothing from the host
         self.teacher = copy.deepcopy(teacher).requires_grad_(False)
         self.student, self.fake = (copy.deepcopy(teacher).requires_grad_() for _ in range(2))
         # Fake score and discriminator are told the step, the former as a further class: they follow what each of them
@@ -148,7 +149,7 @@ class Distillation(Training):
         with torch.no_grad():
             inputs = torch.stack([*student_inputs(self.student, draws.start, draws.labels, self.levels)], dim=1)
         x_t = inputs[torch.arange(len(inputs), device=inputs.device), draws.last]
-        return self.trained_student(x_t, x_t.new_tensor(self.levels)[draws.last], draws.labels)
+        return self.trained_student(x_t, self.level_of_step[draws.last], draws.labels)
 
     def by_step(self, draws: Draws) -> Tensor:
         """The classes that the fake score knows."""
