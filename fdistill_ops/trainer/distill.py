@@ -94,7 +94,8 @@ class Distillation(Training):
         self.stage, self.steps = divergence, config.distill_steps
         self.gen = random_numbers(config, "distillation")
         self.levels = student_levels(config)
-        self.level_of_step = torch.tensor(self.levels, device=config.device)  # a CUDA graph copies nothing from the host
+        # On the device: a CUDA graph copies nothing from the host.
+        self.level_of_step = torch.tensor(self.levels, device=config.device)
         self.teacher = copy.deepcopy(teacher).requires_grad_(False)
         self.student, self.fake = (copy.deepcopy(teacher).requires_grad_() for _ in range(2))
         # Fake score and discriminator are told the step, the former as a further class: they follow what each of them
