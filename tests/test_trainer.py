@@ -290,6 +290,13 @@ def test_loss_that_is_not_finite(
         (["--seed", "-1"], "--seed: must be an integer from 0"),
         (["--device", "abacus"], "must be cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "is not there"),
+        (["--student-steps", "0"], "--student-steps: must be an integer from 1"),
+        (["--guidance", "-1"], "--guidance: must be a number from 0, got '-1'"),
+        (["--guidance", "nan"], "--guidance: must be a number from 0, got 'nan'"),
+        (["--precision", "float8"], "--precision: invalid choice: 'float8'"),
+        (["--checkpoint-every", "0"], "--checkpoint-every: must be an integer from 1"),
+        (["--width", "0"], "--width: must be an integer from 8"),
+        (["--cuda-graph", "--device", "cpu"], "--cuda-graph: needs --device cuda, got cpu"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -367,26 +367,3 @@ def test_without_tensorboard(missing: bool, tmp_path: Path, monkeypatch: pytest.
     assert [path.name for path in tmp_path.iterdir()] == (["log.jsonl"] if missing else [])
     if missing:
         assert json.loads((tmp_path / "log.jsonl").read_text()) == {"stage": "js", "step": 2, "loss": None}
-
-
-# ----------------------------------------------------------------------------------------------------------- arguments
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--student-steps", "0"], "--student-steps: must be an integer from 1"),
-        (["--guidance", "-1"], "--guidance: must be a number from 0, got '-1'"),
-        (["--guidance", "nan"], "--guidance: must be a number from 0, got 'nan'"),
-        (["--precision", "float8"], "--precision: invalid choice: 'float8'"),
-        (["--checkpoint-every", "0"], "--checkpoint-every: must be an integer from 1"),
-        (["--width", "0"], "--width: must be an integer from 8"),
-        (["--cuda-graph", "--device", "cpu"], "--cuda-graph: needs --device cuda, got cpu"),
-    ],
-)
-def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as status:
-        main(["--out", str(tmp_path / "out"), *arguments])
-    assert status.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "out").exists()

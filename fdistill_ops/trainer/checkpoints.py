@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .files import say, whole_file
+from .files import reason, say, whole_file
 
 State = dict[str, Any]
 FORMAT = 2
@@ -50,9 +50,8 @@ class Checkpoints:
         self._sweep()
         for path in sorted(self.folder.glob(f"{self.prefix}*.pt"), reverse=True):
             try:
-                with zipfile.ZipFile(
-                    path
-                ) as file:  # which torch.save writes; torch.load does not look at the checksums
+                # torch.save writes a zip file, at whose checksums torch.load does not look.
+                with zipfile.ZipFile(path) as file:
                     if file.testzip() is not None:
                         raise ValueError("it is damaged")
                 content = torch.load(path, map_location="cpu", weights_only=True)
@@ -67,8 +66,7 @@ class Checkpoints:
                 yield step, state
 
     def refuse(self, path: Path, error: Exception) -> None:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        say(f"checkpoint: {path} is not used: {reason}")
+        say(f"checkpoint: {path} is not used: {reason(error)}")
 
     def _sweep(self) -> None:
         """Removes what a killed process left half written."""

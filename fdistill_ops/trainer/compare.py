@@ -50,7 +50,7 @@ class Comparison:
 
 def compare(comparison: Comparison) -> None:
     """Trains and measures what is not there yet, and writes the report. Its tables go to stdout."""
-    for config in comparison.runs:
+    for config in {config.data: config for config in comparison.runs}.values():
         Stages(config, load(config), Log(None))  # what is wrong with somebody's data comes before any training
     if comparison.jobs > 1:
         in_parallel(comparison)

@@ -132,13 +132,16 @@ class Distillation(Training):
         if config.cuda_graph:
             self.apply_student = CapturedUpdate(self.apply_student)  # type: ignore[method-assign,assignment]
 
+    def noise_levels(self, count: int, gen: torch.Generator) -> Tensor:
+        """Noise levels at which student and teacher are compared: uniform on EDM's schedule."""
+        u = torch.rand(count, generator=gen, device=gen.device)
+        return edm.karras_sigma(u, self.config.distill_sigma_min, self.config.sigma_max)
+
     def draw(self) -> Draws:
         """The random inputs of the next update. All ranks draw those of the whole batch, and keep their part."""
         config, shape = self.config, self.teacher.shape
         real, labels = batch(self.data, config.batch_size, self.gen)
-        # Uniform on EDM's schedule.
-        u = torch.rand(len(labels), generator=self.gen, device=self.gen.device)
-        sigma = edm.karras_sigma(u, config.distill_sigma_min, config.sigma_max)
+        sigma = self.noise_levels(len(labels), self.gen)
         start = edm.normal((len(labels), config.student_steps, *shape), self.gen)
         last = torch.arange(len(labels), device=sigma.device) % config.student_steps
         noise, real_noise = (edm.normal(real.shape, self.gen) for _ in range(2))
@@ -163,9 +166,7 @@ class Distillation(Training):
         with autocast(self.config):
             with torch.no_grad():
                 x = self.student_samples(draws)
-                x_t, real_t = (
-                    x0 + edm.rows(sigma, x) * noise for x0, noise in ((x, draws.noise), (draws.real, draws.real_noise))
-                )
+                x_t, real_t = edm.noised(x, sigma, draws.noise), edm.noised(draws.real, sigma, draws.real_noise)
                 _, real_features = self.teacher.with_features(real_t, sigma, labels)
                 _, features = self.teacher.with_features(x_t, sigma, labels)
             fake_loss = edm.denoising_loss(
@@ -183,7 +184,7 @@ class Distillation(Training):
         sigma, labels = draws.sigma, draws.labels
         with autocast(self.config):
             x = self.student_samples(draws)
-            x_t = x + edm.rows(sigma, x) * draws.noise
+            x_t = edm.noised(x, sigma, draws.noise)
             teacher, features = self.teacher.with_features(x_t, sigma, labels)
             guidance: dict[str, Any] = {}
             with torch.no_grad():
@@ -240,10 +241,9 @@ class Distillation(Training):
     @torch.no_grad()
     def weights(self, count: int) -> tuple[Tensor, Tensor]:
         """Noise levels and f-weights of ``count`` samples of the result, the histogram as it stands."""
-        config, gen = self.config, random_numbers(self.config, "weights")
+        gen = random_numbers(self.config, "weights")
         _, labels = batch(self.data, count, gen)
-        u = torch.rand(count, generator=gen, device=gen.device)
-        sigma = edm.karras_sigma(u, config.distill_sigma_min, config.sigma_max)
+        sigma = self.noise_levels(count, gen)
         x = self.sample(edm.normal((count, *self.teacher.shape), gen), labels)
         features = self.teacher.with_features(edm.add_noise(x, sigma, gen), sigma, labels)[1]
         logits = self.head(features, torch.full_like(labels, len(self.levels) - 1))

@@ -45,7 +45,12 @@ def denoising_loss(prediction: Tensor, x0: Tensor, sigma: Tensor, sigma_data: fl
 
 
 def add_noise(x0: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
-    return x0 + rows(sigma, x0) * normal(x0.shape, generator)
+    return noised(x0, sigma, normal(x0.shape, generator))
+
+
+def noised(x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """From unit noise [B, ...]."""
+    return x0 + rows(sigma, x0) * noise
 
 
 def normal(shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:

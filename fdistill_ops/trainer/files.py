@@ -90,6 +90,11 @@ class Log:
             self.board.close()
 
 
+def reason(error: Exception) -> str:
+    """The first line of what an exception says."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def say(text: str) -> None:
     """To stderr: stdout carries the table alone."""
     print(text, file=sys.stderr, flush=True)

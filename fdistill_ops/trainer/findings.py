@@ -156,12 +156,9 @@ def _judged(data: str, claim: Claim, results: list[Result]) -> list[Finding]:
         count, test = len(values), tests[name]
         if isinstance(test, str):
             same = bool(values) and values == others and count > 1
+            verdict = "not significant" if same else "not tested"
             means = (_mean(values), _mean(others)) if same else None
-            found.append(
-                Finding(
-                    data, name, claim.text, count, "not significant" if same else "not tested", means=means, reason=test
-                )
-            )
+            found.append(Finding(data, name, claim.text, count, verdict, means=means, reason=test))
             continue
         verdict, p = "not significant", for_claim[name]
         if p < LEVEL:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from .files import reason
+
 IMAGE_KEYS = ("images", "image", "x", "data", "x_train", "train_images", "arr_0")
 LABEL_KEYS = ("labels", "label", "y", "targets", "target", "y_train", "train_labels", "arr_1")
 CHANNELS = (1, 3, 4)  # grey; red, green, blue; and alpha
@@ -92,7 +94,7 @@ def _folder(path: Path, size: int | None) -> tuple[Tensor, np.ndarray]:
         try:
             image = _picture(file)
         except Exception as error:  # whatever a damaged file makes a decoder raise
-            unreadable.append(f"{file.relative_to(path)} ({_reason(error)})")
+            unreadable.append(f"{file.relative_to(path)} ({reason(error)})")
             continue
         if size is not None:
             image = _fitted(image, size)
@@ -197,7 +199,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
                 if name is not None:
                     found[kind] = loaded[name]
     except Exception as error:  # whatever a damaged file makes NumPy and its decompressor raise
-        raise DataError(f"{path}: cannot be read: {_reason(error)}") from None
+        raise DataError(f"{path}: cannot be read: {reason(error)}") from None
     if "images" not in found:
         raise DataError(f"{path}: none of its arrays ({', '.join(names.values())}) is named {', '.join(IMAGE_KEYS)}")
     return found
@@ -251,7 +253,3 @@ def _some(names: Iterable[str]) -> str:
 
 def _dimensions(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape)) or "no dimensions"
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
