@@ -19,9 +19,9 @@ def synchronize(device: str) -> None:
 
 
 def seconds_per_call(step: Step, calls: Sequence[int], device: str) -> float:
-    """Mean time of step(i) over the calls, after a quarter of them untimed: whoever ran before has left other things
-    in the caches and predictors of the processor than a training loop would."""
-    for i in calls[: (len(calls) + 3) // 4] if len(calls) > 1 else ():
+    """Mean time of step(i) over the calls, after one untimed call on each of their sets: what a call finds is then what
+    it left behind itself, in the caches, the predictors and the allocators, as in a training loop."""
+    for i in dict.fromkeys(calls):
         step(i)
     if torch.device(device).type != "cuda":
         start = time.perf_counter()

@@ -229,18 +229,19 @@ class Measurement:
                 result.synchronizations = cost.host_synchronizations(contender.step)
 
     def time(self, contenders: Sequence[Contender]) -> None:
-        calls = {}
-        for contender in contenders:
-            with fd.use_backend(contender.backend):
-                once = seconds_per_call(contender.step, self.rotation(0, 3), self.case.device)
-            calls[contender.name] = max(1, min(1000, round(self.plan.seconds / once)))
+        once = {contender.name: self.seconds(contender, self.rotation(0, 3)) for contender in contenders}
+        calls = {name: max(1, min(1000, round(self.plan.seconds / seconds))) for name, seconds in once.items()}
         for turn in range(self.plan.rounds):
             shift = turn % len(contenders) if contenders else 0  # nobody always runs after the same one
             for contender in (*contenders[shift:], *contenders[:shift]):
-                with fd.use_backend(contender.backend):
-                    rotation = self.rotation(turn, calls[contender.name])
-                    seconds = seconds_per_call(contender.step, rotation, self.case.device)
+                seconds = self.seconds(contender, self.rotation(turn, calls[contender.name]))
                 self.results[contender.name].rounds.append(float(f"{seconds:.5g}"))
+
+    def seconds(self, contender: Contender, rotation: Sequence[int]) -> float:
+        """Of a call. The gradients of whoever ran before go first, or they would be freed at this one's expense."""
+        self.release()
+        with fd.use_backend(contender.backend):
+            return seconds_per_call(contender.step, rotation, self.case.device)
 
     def rotation(self, start: int, calls: int) -> list[int]:
         return [(start + i) % len(self.sets) for i in range(calls)]
