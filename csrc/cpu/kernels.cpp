@@ -15,7 +15,10 @@ constexpr int kGroup = kMultiple<T> * kLanes;
 
 // How far ahead memory is asked for. The processor's own prefetching stops at the end of a page of 4 KiB.
 template <class T>
-constexpr int64_t kAhead = 4096 / sizeof(T);
+constexpr int64_t kAhead = 3072 / sizeof(T);
+
+// Whether a sample's elements are read again: then they are to stay in the caches. Others are to leave them to those.
+enum class Reads { again, last };
 
 // Operands of one group from a block, starting at i; a partial group at the end is padded with zeros.
 template <class T>
@@ -28,9 +31,10 @@ struct Group {
   using V = Lanes<C, kMultiple<T>>;
   using M = Mask<C, kMultiple<T>>;
 
+  template <Reads reads = Reads::again>
   FD_INLINE V at(const T* p) const {
     if (valid == size) {
-      __builtin_prefetch(p + i + kAhead<T>);
+      __builtin_prefetch(p + i + kAhead<T>, 0, reads == Reads::again ? 3 : 0);
       return load(p + i);
     }
     T padded[size] = {};
@@ -84,7 +88,7 @@ FD_INLINE void for_each_group(const Block<T>& b, Four&& four, Each&& each) {
 // Where such a sum has left the range that is exact enough, the block is done again, every element widened by itself.
 
 // sum |x - T|,  T = a x_t + c (guided teacher)
-template <class T, bool guided, bool converted>
+template <class T, bool guided, bool converted, Reads reads>
 double distance_of(const Block<T>& block) {
   const Block<T> b = block;
   constexpr int size = kGroup<T>;
@@ -92,7 +96,7 @@ double distance_of(const Block<T>& block) {
     const Group<T> group{b, i, valid};
     auto t = group.template teacher<guided>();
     if constexpr (converted) t = group.row(b.a_rows, b.a) * group.at(b.x_t) + group.row(b.c_rows, b.c) * t;
-    return (group.at(b.x) - t).abs();
+    return (group.template at<reads>(b.x) - t).abs();
   };
   Sum sum, wide;
   const auto four = [&](int64_t i) __attribute__((always_inline)) {
@@ -106,11 +110,11 @@ double distance_of(const Block<T>& block) {
   return wide.total();
 }
 
-template <class T>
+template <class T, Reads reads>
 double distance(const Block<T>& b) {
   const bool guided = b.uncond != nullptr, converted = b.x_t != nullptr;
-  if (guided) return converted ? distance_of<T, true, true>(b) : distance_of<T, true, false>(b);
-  return converted ? distance_of<T, false, true>(b) : distance_of<T, false, false>(b);
+  if (guided) return converted ? distance_of<T, true, true, reads>(b) : distance_of<T, true, false, reads>(b);
+  return converted ? distance_of<T, false, true, reads>(b) : distance_of<T, false, false, reads>(b);
 }
 
 // max |k (fake - teacher)| over the finite ones on the mask; with x also of |k| |x - teacher| and of the factors of the score identity.
@@ -141,7 +145,7 @@ bool score_difference_plain(const Block<T>& block, BlockSums& sums) {
   const V inverse = V::all(b.inverse);
   const auto square = [&](int64_t i, int valid) __attribute__((always_inline)) {
     const Group<T> group{b, i, valid};
-    const V g = group.row(b.k_rows, b.k) * (group.at(b.fake) - group.template teacher<guided>());
+    const V g = group.row(b.k_rows, b.k) * (group.template at<Reads::last>(b.fake) - group.template teacher<guided>());
     group.template put<false>(b.d_x, g * inverse);
     return g * g;
   };
@@ -167,7 +171,7 @@ void score_difference_careful(const Block<T>& block, BlockSums& sums) {
   const V inverse = V::all(b.inverse);
   for_each_group(b, nullptr, [&](int64_t i, int valid) __attribute__((always_inline)) {
     const Group<T> group{b, i, valid};
-    V g = group.row(b.k_rows, b.k) * (group.at(b.fake) - group.template teacher<guided>());
+    V g = group.row(b.k_rows, b.k) * (group.template at<Reads::last>(b.fake) - group.template teacher<guided>());
     const M on = group.on(), finite = g.finite();
     bad.add(on & ~finite);
     g = g.where(b.zero_nonfinite ? on & finite : on);
@@ -241,7 +245,7 @@ void score_identity(const Block<T>& b, BlockSums& sums) {
 
 template <class T>
 constexpr TypedKernels<T> typed() {
-  return {distance<T>, largest<T>, score_difference<T>, score_identity<T>};
+  return {distance<T, Reads::last>, distance<T, Reads::again>, largest<T>, score_difference<T>, score_identity<T>};
 }
 
 #define FD_STRING_OF(name) #name

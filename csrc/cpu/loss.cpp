@@ -208,7 +208,7 @@ class Loss {
       if (!measures()) return;
       block.x = values(kX, b, at, n, staging);
       if (call_.operands[kXt]) block.x_t = values(kXt, b, at, n, staging);
-      sum += kernels_.distance(block);
+      sum += (call_.score_identity ? kernels_.first_distance : kernels_.distance)(block);
     });
     if (measures()) distances_[b * chunks_ + chunk] = sum;
     if (scales()) largest_[b * chunks_ + chunk] = most;
