@@ -19,6 +19,7 @@ from fdistill_ops.trainer.files import say, write_text
 from . import plots, table
 from .__main__ import measure_all, parse
 from .cases import MODES, size_name
+from .clock import Spread
 from .record import Record, Result, new_record
 
 PAGES = ("README.md", "docs/performance.md")
@@ -102,6 +103,40 @@ def _wide(groups: list[list[Result]]) -> str:
     return table.markdown_table([_COLUMNS[i] for i in kept], [[row[i] for i in kept] for row in body])
 
 
+LIMIT = 1.15
+"""What a step may take, in copies of as many bytes; host overhead comes on top of it below LARGE bytes a tensor."""
+LARGE = 64 << 20
+
+
+def _over_budget(group: list[Result], record: Record) -> str:
+    """The median, over the rounds, of our time over what it may be."""
+    case = group[0].case
+    ours = next(result for result in group if result.kind == "fused")
+    copy = next((result for result in group if result.kind == "copy"), None)
+    host = next((o for o in record.overhead if (o.op, o.contender) == (case.op, ours.contender)), None)
+    if copy is None or host is None or not ours.rounds:
+        return "-"
+    overhead = 0.0 if case.tensor_bytes >= LARGE else sum(filter(None, host.microseconds())) * 1e-6
+    parts = zip(ours.rounds, copy.rounds, strict=False)
+    return f"{Spread.of([time / (overhead + LIMIT * limit) for time, limit in parts]).median:.2f}"
+
+
+def _budget(record: Record) -> str:
+    """A line for each named shape, and for each size of the sweep from LARGE on."""
+    columns = [("float32", False), ("bfloat16", False), ("float32", True), ("bfloat16", True)]
+    body: dict[str, dict[int, str]] = {}
+    for i, (dtype, one_thread) in enumerate(columns):
+        for group in _named(record, dtype, False, one_thread):
+            body.setdefault(group[0].case.label, {})[i] = _over_budget(group, record)
+    for group in record.groups():
+        case = group[0].case
+        if plots.of_size(case) and case.op == "f_distill" and case.tensor_bytes >= LARGE:
+            body[f"{case.label} each"] = {columns.index((case.dtype, False)): _over_budget(group, record)}
+    header = [f"{dtype}, {'one thread' if one else 'all cores'}" for dtype, one in columns]
+    rows = [[label, *(cells.get(i, "-") for i in range(len(columns)))] for label, cells in body.items()]
+    return table.markdown_table(["shape", *header], rows)
+
+
 def _operations(record: Record) -> str:
     """Every operation that has kernels, on one shape."""
     body: list[list[str]] = []
@@ -146,6 +181,7 @@ TABLES = {
     "bfloat16-warm": lambda record: _wide(_named(record, "bfloat16", True)),
     "float32-one-thread": lambda record: _wide(_named(record, "float32", False, True)),
     "bfloat16-one-thread": lambda record: _wide(_named(record, "bfloat16", False, True)),
+    "budget": _budget,
     "operations": _operations,
     "overhead": lambda record: table.markdown_table(table.OVERHEAD_COLUMNS, table.overhead_rows(record.overhead)),
     "first-calls": _first_calls,

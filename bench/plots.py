@@ -53,11 +53,11 @@ def _parts(record: Record) -> tuple[Groups, Groups, Groups]:
     for group in record.groups():
         if not any(result.rounds for result in group):
             continue
-        (sizes if _of_size(group[0].case) else batches if _of_batch(group[0].case) else rest).append(group)
+        (sizes if of_size(group[0].case) else batches if _of_batch(group[0].case) else rest).append(group)
     return _first(sizes), _first(batches), rest
 
 
-def _of_size(case: Case) -> bool:
+def of_size(case: Case) -> bool:
     return case.name in size_sweep(1 << 60, case.torch_dtype.itemsize)
 
 
@@ -66,7 +66,7 @@ def _of_batch(case: Case) -> bool:
 
 
 def is_sweep(case: Case) -> bool:
-    return _of_size(case) or _of_batch(case)
+    return of_size(case) or _of_batch(case)
 
 
 def _first(groups: Groups) -> Groups:

@@ -18,7 +18,7 @@ from fdistill_ops.bench import baselines, check, clock, compare, cost, docs, mea
 from fdistill_ops.bench.cases import MODES, SHAPES, Case, batch_sweep, shape_of, size_name, size_sweep
 from fdistill_ops.bench.measure import Plan
 from fdistill_ops.bench.overhead import measure_overhead
-from fdistill_ops.bench.record import Record, Result, new_record
+from fdistill_ops.bench.record import Overhead, Record, Result, new_record
 
 import fdistill_ops as fd
 
@@ -647,6 +647,20 @@ def test_figures_of_the_pages() -> None:
     assert docs.render(rendered, record) == rendered
     with pytest.raises(KeyError):
         docs.render(page.replace("float32", "no-such-table"), record)
+
+
+def test_budget() -> None:
+    """1.15 copies, and below 64 MiB a tensor the host overhead."""
+    record = record_of({"cpu": [1e-3] * 3, "copy": [5e-4] * 3}, Case("f_distill", (256, 3, 32, 32), "cifar10"))
+    big = Case("f_distill", (8, 1 << 21), "64 MiB")
+    record.results += record_of({"cpu": [5e-3] * 3, "copy": [5e-3] * 3}, big).results
+    for result in record.results:
+        result.case = replace(result.case, threads=2)
+    assert "| cifar10 | - | - | - | - |" in docs.TABLES["budget"](record).splitlines()  # without the overhead
+    record.overhead = [Overhead("f_distill", "cpu", "cpu", [30e-6] * 3, [20e-6] * 3)]
+    lines = docs.TABLES["budget"](record).splitlines()
+    assert f"| cifar10 | {1e-3 / (50e-6 + 1.15 * 5e-4):.2f} | - | - | - |" in lines
+    assert f"| 64 MiB each | {1 / 1.15:.2f} | - | - | - |" in lines
 
 
 def test_commands_of_the_pages_parse() -> None:

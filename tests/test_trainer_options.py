@@ -14,16 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from trainer_cases import TINY, distillation, need_extra, same
 
 import fdistill_ops as fd
+from fdistill_ops import backends
 from fdistill_ops.stats import FIELDS
 from fdistill_ops.trainer import edm
 from fdistill_ops.trainer.__main__ import main
 from fdistill_ops.trainer.capture import CapturedUpdate
 from fdistill_ops.trainer.config import Config
 from fdistill_ops.trainer.data import Data, load
-from fdistill_ops.trainer.distill import generate, guided, student_levels
+from fdistill_ops.trainer.distill import Draws, generate, guided, student_levels
 from fdistill_ops.trainer.files import Log
 from fdistill_ops.trainer.networks import Denoiser
 from fdistill_ops.trainer.teacher import TeacherTraining
@@ -306,18 +309,43 @@ def test_captured_update_runs_once_for_each_call(monkeypatch: pytest.MonkeyPatch
     assert captured.graph is not None and len(captured.graph.work) == 1  # type: ignore[attr-defined]
 
 
-def test_captured_update_copies_nothing_from_the_host(data: Data) -> None:
-    """What is captured makes no tensor of Python numbers."""
-    training = distillation(data, student_steps=2, guidance=2.0)
-    draws = training.draw()
+class NoConstants(TorchFunctionMode):
+    """No tensor is made of Python numbers, which copies them to the device."""
 
-    class NoCopies(TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            assert function not in (torch.tensor, torch.as_tensor, Tensor.new_tensor, Tensor.item, Tensor.cpu), function
-            return function(*args, **(kwargs or {}))
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function not in (torch.tensor, torch.as_tensor, Tensor.new_tensor), function
+        return function(*args, **(kwargs or {}))
 
-    with NoCopies():
-        training.student_losses(draws)
+
+class OnDevice(TorchDispatchMode):
+    """Nothing of the host takes part. The meta device has no values: whatever reads one there fails by itself."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, result)):
+            assert not isinstance(tensor, Tensor) or tensor.is_meta, (function, tensor)
+        return result
+
+
+@pytest.mark.parametrize("settings", [{}, {"student_steps": 2, "guidance": 2.0}, {"precision": "bfloat16"}], ids=str)
+def test_captured_update_stays_on_its_device(
+    settings: dict[str, Any], data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is captured as a CUDA graph reads nothing from the device, and copies nothing to it."""
+    training = distillation(data, **settings)
+    for network in (training.teacher, training.student, training.fake, training.head, training.loss):
+        network.to("meta")
+    training.level_of_step = training.level_of_step.to("meta")
+    draws = Draws(*(value.to("meta") for value in training.draw()))
+    monkeypatch.setattr(backends, "choose", lambda device: "cpu")
+    with NoConstants(), OnDevice():
+        loss, gan_loss, _ = training.student_losses(draws)
+        (loss + gan_loss).backward(inputs=list(training.student.parameters()))
+        with pytest.raises(RuntimeError, match="item"):
+            loss.item()
+        with pytest.raises(AssertionError):
+            loss + torch.ones(())
+    assert all(parameter.grad.is_meta for parameter in training.student.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------- logs
