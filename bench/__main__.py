@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,22 +118,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Times every operation on every back end that runs here, beside the formulas in eager PyTorch as "
         "training code has them, torch.compile of those, and a copy of the bytes that have to move. All results are "
         "checked first; one that is wrong gets no time.",
-        epilog=f"Shapes by name: {', '.join(f'{name} {list(shape)}' for name, shape in SHAPES.items())}.",
+        epilog="For several values give an option again, or, except for --shape, separate them by commas. "
+        f"Shapes by name: {', '.join(f'{name} {list(shape)}' for name, shape in SHAPES.items())}.",
     )
-    add = parser.add_argument
-    add("--op", type=_list(_op), default=tuple(OPS), help=f"(default: all: {','.join(OPS)})")
-    add("--shape", type=_shape, action="append", help="a name or sizes B,C,H,W; again for more (default: all names)")
-    add("--mode", type=_list(_choice(MODES)), default=MODES, help=f"(default: {','.join(MODES)})")
+    add, some = parser.add_argument, partial(parser.add_argument, action=_More)
+    some("--op", type=_list(_op), default=tuple(OPS), help=f"(default: all: {','.join(OPS)})")
+    add("--shape", type=_shape, action="append", help="a name or sizes B,C,H,W (default: all names)")
+    some("--mode", type=_list(_choice(MODES)), default=MODES, help=f"(default: {','.join(MODES)})")
     dtypes = ("float32", "bfloat16", "float16", "float64")
-    add("--dtype", type=_list(_choice(dtypes)), default=("float32",), help=f"of {','.join(dtypes)} (default: float32)")
+    some("--dtype", type=_list(_choice(dtypes)), default=("float32",), help=f"of {','.join(dtypes)} (default: float32)")
     add("--divergence", type=_divergence, default="js", help="(default: %(default)s)")
     add("--guidance", type=float, help="guidance scale of the teacher (default: no guidance)")
     add("--mask", action="store_true", help="with a mask")
     histogram = argparse.BooleanOptionalAction
     add("--histogram", action=histogram, default=True, help="divide ratios by their running mean (default: yes)")
-    add("--threads", type=_list(integer(1, 1024)), default=(torch.get_num_threads(),), help="(default: %(default)s)")
+    some("--threads", type=_list(integer(1, 1024)), default=(torch.get_num_threads(),), help="(default: %(default)s)")
     add("--device", type=device_name, default=device, help="cpu, cuda or cuda:N (default: %(default)s)")
-    add("--contender", type=_list(str), help="only these: back ends, 'BACKEND graph', eager, compile, copy")
+    some("--contender", type=_list(str), help="only these: back ends, 'BACKEND graph', eager, compile, copy")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     add("--warm", action="store_true", help="time the same tensors again and again instead of rotating over copies")
     add("--sweep", choices=("size", "batch"), help="1 KiB to what memory allows, or batches of sd15, instead of shapes")
@@ -218,6 +220,14 @@ def _list(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
         return tuple(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
 
     return parse
+
+
+class _More(argparse.Action):
+    """An option for a list: given again, it adds to what was given."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if given is self.default else tuple(dict.fromkeys((*given, *values))))
 
 
 def _choice(known: Sequence[str]) -> Callable[[str], str]:

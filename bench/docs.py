@@ -87,6 +87,12 @@ def _named(record: Record, dtype: str, warm: bool, one_thread: bool = False) -> 
     ]
 
 
+def _sizes(record: Record, least: int = 0) -> list[list[Result]]:
+    """f_distill over the size of a tensor, from that many bytes on."""
+    groups = [group for group in record.groups() if group[0].case.op == "f_distill" and plots.of_size(group[0].case)]
+    return [group for group in groups if group[0].case.tensor_bytes >= least]
+
+
 def _wide(groups: list[list[Result]]) -> str:
     """A line for each shape: milliseconds and ratios."""
     body = []
@@ -128,10 +134,9 @@ def _budget(record: Record) -> str:
     for i, (dtype, one_thread) in enumerate(columns):
         for group in _named(record, dtype, False, one_thread):
             body.setdefault(group[0].case.label, {})[i] = _over_budget(group, record)
-    for group in record.groups():
+    for group in _sizes(record, LARGE):
         case = group[0].case
-        if plots.of_size(case) and case.op == "f_distill" and case.tensor_bytes >= LARGE:
-            body[f"{case.label} each"] = {columns.index((case.dtype, False)): _over_budget(group, record)}
+        body[case.label] = {columns.index((case.dtype, False)): _over_budget(group, record)}
     header = [f"{dtype}, {'one thread' if one else 'all cores'}" for dtype, one in columns]
     rows = [[label, *(cells.get(i, "-") for i in range(len(columns)))] for label, cells in body.items()]
     return table.markdown_table(["shape", *header], rows)
@@ -181,6 +186,8 @@ TABLES = {
     "bfloat16-warm": lambda record: _wide(_named(record, "bfloat16", True)),
     "float32-one-thread": lambda record: _wide(_named(record, "float32", False, True)),
     "bfloat16-one-thread": lambda record: _wide(_named(record, "bfloat16", False, True)),
+    "sizes": lambda record: _wide(_sizes(record)),
+    "large": lambda record: _wide(_sizes(record, LARGE)),
     "budget": _budget,
     "operations": _operations,
     "overhead": lambda record: table.markdown_table(table.OVERHEAD_COLUMNS, table.overhead_rows(record.overhead)),

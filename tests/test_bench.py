@@ -551,6 +551,11 @@ def test_options_make_cases() -> None:
     assert sweep[0].tensor_bytes == 1024
     assert {case.dtype for case in sweep} == {"float32", "bfloat16"}
     assert {case.op for case in sweep} == {"f_distill"}
+    again = cases("--op", "dmd2", "--op", "f_weights,dmd2", "--mode", "forward", "--shape", "sdxl", "--shape", "2,3")
+    assert [(case.op, case.shape) for case in again] == [
+        *(("dmd2", shape) for shape in (SHAPES["sdxl"], (2, 3))),
+        *(("f_weights", shape) for shape in (SHAPES["sdxl"], (2, 3))),
+    ]
 
 
 def test_quick_compiles_once_and_not_on_a_slow_machine(
@@ -660,7 +665,8 @@ def test_budget() -> None:
     record.overhead = [Overhead("f_distill", "cpu", "cpu", [30e-6] * 3, [20e-6] * 3)]
     lines = docs.TABLES["budget"](record).splitlines()
     assert f"| cifar10 | {1e-3 / (50e-6 + 1.15 * 5e-4):.2f} | - | - | - |" in lines
-    assert f"| 64 MiB each | {1 / 1.15:.2f} | - | - | - |" in lines
+    assert f"| 64 MiB | {1 / 1.15:.2f} | - | - | - |" in lines
+    assert docs.TABLES["large"](record).splitlines()[2:] == ["| 64 MiB | 5.000 | 5.000 | 100% |"]
 
 
 def test_commands_of_the_pages_parse() -> None:

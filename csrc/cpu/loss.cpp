@@ -21,13 +21,12 @@ namespace fdistill {
 namespace {
 
 constexpr int64_t kChunk = 16384;        // elements per partial sum: fixes the order of summation
-constexpr int64_t kBlock = 4096;         // elements per kernel call on dense operands
 constexpr int64_t kStage = 512;          // elements gathered at a time where an operand is not dense
 constexpr int64_t kPerThread = 16384;    // elements below which another thread does not pay
 constexpr int64_t kShareBytes = 6 << 20; // samples above this are worked on by all threads at once
 constexpr int64_t kStreamBytes = 8 << 20;  // gradients from this size on are written past the caches
 
-const uint8_t kAllOff[kBlock] = {};
+const uint8_t kAllOff[kChunk] = {};
 
 // T: what the kernels read. The operands' own type where all are dense and of one type (direct), otherwise the type computed
 // in, with every operand that is not dense or of another type gathered into a small buffer first.
@@ -244,7 +243,7 @@ class Loss {
   void for_each_block(int64_t chunk, Task&& task) {
     const int64_t end = chunk_end(chunk);
     for (int64_t at = chunk * kChunk; at < end;) {
-      const int64_t n = std::min(end - at, direct ? std::min(kBlock, layout_.run(at)) : kStage);
+      const int64_t n = std::min(end - at, direct ? layout_.run(at) : kStage);
       task(at, n);
       at += n;
     }
