@@ -19,9 +19,11 @@ def synchronize(device: str) -> None:
 
 
 def seconds_per_call(step: Step, calls: Sequence[int], device: str) -> float:
-    """Mean time of step(i) over the calls, after one untimed call on each of their sets: what a call finds is then what
-    it left behind itself, in the caches, the predictors and the allocators, as in a training loop."""
-    for i in dict.fromkeys(calls):
+    """Mean time of step(i) over the calls, after untimed ones: what a call finds is then what it left behind itself, in
+    the caches, the predictors and the allocators, as in a training loop. One untimed call on each set does where there
+    are several; a single set takes some twenty calls to settle in the caches, and gets as many as are timed."""
+    sets = dict.fromkeys(calls)
+    for i in sets if len(sets) > 1 else calls:
         step(i)
     if torch.device(device).type != "cuda":
         start = time.perf_counter()

@@ -228,6 +228,9 @@ def test_calls_rotate_over_the_sets() -> None:
     seen: list[int] = []
     assert clock.seconds_per_call(seen.append, [4, 5, 6, 4, 5], "cpu") > 0
     assert seen == [4, 5, 6, 4, 5, 6, 4, 5]  # every set once untimed
+    seen.clear()
+    clock.seconds_per_call(seen.append, [0, 0, 0], "cpu")
+    assert seen == [0] * 6
 
 
 def test_rounds_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,6 +229,18 @@ def test_cached_same_result(
     assert (tmp_path / "log.jsonl").read_text() == "".join(line for line in log if "reverse_kl" not in line)
 
 
+def test_back_end_names_the_students(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = shutil.copytree(first / "cache", tmp_path / "cache")
+    arguments = [*TINY, "--out", str(tmp_path), "--cache", str(cache), "--divergences", "js"]
+    with fd.use_backend("reference"):
+        assert main(arguments) == 0
+    other = "cpu" if "cpu" in fd.available_backends() else "reference"
+    taken = {line.split(":")[0] for line in capsys.readouterr().err.splitlines() if ": from " in line}
+    assert taken == {"classifier", "teacher"} | ({"js"} if other == "reference" else set())
+    assert main(arguments) == 0
+    assert len(list(cache.glob("student-js-*"))) == 2 if other == "cpu" else 1
+
+
 def test_seed_and_settings_name_the_cache() -> None:
     changes = ({}, {"seed": 1}, {"teacher_steps": 1}, {"threads": 7})
     keys = {Config(**changed).key("teacher_steps") for changed in changes}

@@ -32,7 +32,7 @@ from .files import Log, say
 from .findings import REFERENCE, canonical, findings
 from .interruption import Interrupted, raised
 from .own_data import DataError
-from .run import Stages, teacher_samplers
+from .run import Stages, losses_by, teacher_samplers
 from .training import TrainingError, random_numbers
 
 MEASURED = 1  # another number where ``measure`` means something else
@@ -113,7 +113,8 @@ def measure(config: Config) -> Measured:
     data = load(config)
     names = [name for name in config.settings() if name not in ("divergences", "threads", "checkpoint_every")]
     formulas = [(name, repr(fd.get_divergence(name))) for name in config.divergences]
-    key = config.key(*names, data=data.fingerprint, divergences=formulas, measured=MEASURED)
+    more = losses_by(config) | {"divergences": formulas, "measured": MEASURED}
+    key = config.key(*names, data=data.fingerprint, **more)
     stored = Checkpoints(config.out / "results", f"{data.name}-{config.seed}", key)
     for _, found in stored.newest_first():
         return found

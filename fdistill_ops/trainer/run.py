@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 import fdistill_ops as fd
 
+from .. import backends
 from . import edm, figures, ranks, report
 from .checkpoints import Checkpoints
 from .config import Config
@@ -63,13 +65,18 @@ class Stages:
         training = Distillation(teacher, self.config, self.data, divergence)
         names = (*SETTINGS["teacher"], "label_dropout", *SETTINGS["student"])
         # By its formula: a name can be registered for another one.
-        formula = repr(fd.get_divergence(divergence))
-        train(training, self.checkpoints(f"student-{divergence}", names, divergence=formula), self.log)
+        more = losses_by(self.config) | {"divergence": repr(fd.get_divergence(divergence))}
+        train(training, self.checkpoints(f"student-{divergence}", names, **more), self.log)
         return training
 
     def checkpoints(self, stage: str, names: tuple[str, ...], **more: str) -> Checkpoints:
         key = self.config.key("ema", "log_every", *names, data=self.fingerprint, **more)
         return Checkpoints(self.config.cache, stage, key)
+
+
+def losses_by(config: Config) -> dict[str, str]:
+    """What computes the students' losses: the last bits depend on it."""
+    return {"backend": backends.choose(torch.device(config.device)), "fdistill_ops": fd.__version__}
 
 
 def run(config: Config) -> None:
