@@ -34,6 +34,8 @@ RUNS = (
     f"{_STEP} --sweep batch --no-compile",
     f"{_STEP} --dtype float32,bfloat16 --warm",
     f"{_STEP} --dtype float32,bfloat16 --threads 1 --no-compile",
+    f"{_STEP} --dtype bfloat16 --sweep size --contender cpu,copy",
+    f"{_STEP} --dtype float32,bfloat16 --threads 1 --sweep size --contender cpu,copy",
 )
 """Options of the command for every part of the record."""
 
@@ -87,10 +89,17 @@ def _named(record: Record, dtype: str, warm: bool, one_thread: bool = False) -> 
     ]
 
 
-def _sizes(record: Record, least: int = 0) -> list[list[Result]]:
+def _sizes(record: Record, least: int = 0, dtype: str = "float32", one_thread: bool = False) -> list[list[Result]]:
     """f_distill over the size of a tensor, from that many bytes on."""
-    groups = [group for group in record.groups() if group[0].case.op == "f_distill" and plots.of_size(group[0].case)]
-    return [group for group in groups if group[0].case.tensor_bytes >= least]
+    return [
+        group
+        for group in record.groups()
+        if (case := group[0].case).op == "f_distill"
+        and case.dtype == dtype
+        and (case.threads == 1) == one_thread
+        and plots.of_size(case)
+        and case.tensor_bytes >= least
+    ]
 
 
 def _wide(groups: list[list[Result]]) -> str:
@@ -132,11 +141,8 @@ def _budget(record: Record) -> str:
     columns = [("float32", False), ("bfloat16", False), ("float32", True), ("bfloat16", True)]
     body: dict[str, dict[int, str]] = {}
     for i, (dtype, one_thread) in enumerate(columns):
-        for group in _named(record, dtype, False, one_thread):
+        for group in _named(record, dtype, False, one_thread) + _sizes(record, LARGE, dtype, one_thread):
             body.setdefault(group[0].case.label, {})[i] = _over_budget(group, record)
-    for group in _sizes(record, LARGE):
-        case = group[0].case
-        body[case.label] = {columns.index((case.dtype, False)): _over_budget(group, record)}
     header = [f"{dtype}, {'one thread' if one else 'all cores'}" for dtype, one in columns]
     rows = [[label, *(cells.get(i, "-") for i in range(len(columns)))] for label, cells in body.items()]
     return table.markdown_table(["shape", *header], rows)
