@@ -186,7 +186,8 @@ def test_mean_and_standard_error() -> None:
     assert comparison_report.cell([1.0, 2.0, 6.0], ".2f") == "3.00 ± 1.53"  # sqrt((4 + 1 + 9) / 2 / 3)
     assert comparison_report.cell([2.0], ".1f") == "2.0"
     assert comparison_report.cell([1.0, None], ".1f") == "-"
-    assert comparison_report.cell([1.0, math.nan], ".1f") == "nan ± nan"
+    assert comparison_report.cell([1.0, math.nan], ".1f") == "nan"
+    assert comparison_report.cell([1.0, math.inf], ".1f") == "inf"
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end

@@ -32,6 +32,7 @@ have classes, and in principal components of images of one class.
 - Near a mode: samples within {WITHIN:g} standard deviations of a component's centre; 98.9% of the mixture's are.
 - D_f: the divergence trained with, and the Jensen-Shannon divergence, of the samples from the mixture's exact density,
   both with noise of a component's standard deviation. The samples' density is that of the noisy empirical distribution.
+  It can be infinite, for instance by chi-squared where a component has no samples near.
 - Weight variance, where the mean weight is 1: batch size / effective sample size - 1, mean over the training's log.
 - Gradient variance, of the f-distill loss without the normaliser: total variance over independent batches,
   relative to that of the unweighted gradient from the same random numbers. "Own": in the state in which the run ended;
@@ -59,9 +60,9 @@ COLUMNS: dict[str, tuple[Callable[[Row], Any], str]] = {
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean, and its standard error; no error from one value."""
+    """The mean, and its standard error; no error from one value, or of what is not finite."""
     mean = sum(values) / len(values)
-    if len(values) < 2:
+    if len(values) < 2 or not math.isfinite(mean):
         return mean, None
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
