@@ -18,12 +18,10 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_per_call(step: Step, calls: Sequence[int], device: str) -> float:
-    """Mean time of step(i) over the calls, after untimed ones: what a call finds is then what it left behind itself, in
-    the caches, the predictors and the allocators, as in a training loop. One untimed call on each set does where there
-    are several; a single set takes some twenty calls to settle in the caches, and gets as many as are timed."""
-    sets = dict.fromkeys(calls)
-    for i in sets if len(sets) > 1 else calls:
+def seconds_per_call(step: Step, settle: Sequence[int], calls: Sequence[int], device: str) -> float:
+    """Mean time of step(i) over the calls, after the untimed ones of ``settle``: what a call finds is then what its like
+    left behind, in the caches, the predictors and the allocators, as in a training loop."""
+    for i in settle:
         step(i)
     if torch.device(device).type != "cuda":
         start = time.perf_counter()

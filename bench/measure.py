@@ -238,10 +238,13 @@ class Measurement:
                 self.results[contender.name].rounds.append(float(f"{seconds:.5g}"))
 
     def seconds(self, contender: Contender, rotation: Sequence[int]) -> float:
-        """Of a call. The gradients of whoever ran before go first, or they would be freed at this one's expense."""
+        """Of a call. The gradients of whoever ran before go first, or they would be freed at this one's expense; then
+        every set has its turn untimed, so that each is as long ago as the rotation is long. A single set takes some
+        twenty calls to settle in the caches, and gets as many as are timed."""
         self.release()
+        settle = rotation if len(self.sets) == 1 else self.rotation(rotation[0], len(self.sets))
         with fd.use_backend(contender.backend):
-            return seconds_per_call(contender.step, rotation, self.case.device)
+            return seconds_per_call(contender.step, settle, rotation, self.case.device)
 
     def rotation(self, start: int, calls: int) -> list[int]:
         return [(start + i) % len(self.sets) for i in range(calls)]

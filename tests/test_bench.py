@@ -225,12 +225,15 @@ def test_calls_rotate_over_the_sets() -> None:
     measurement = measure.Measurement(Case("f_weights", SHAPE, mode="forward"), BRIEF)
     assert measurement.rotation(0, 5) == [0, 1, 2, 0, 1]
     assert measurement.rotation(2, 2) == [2, 0]
-    seen: list[int] = []
-    assert clock.seconds_per_call(seen.append, [4, 5, 6, 4, 5], "cpu") > 0
-    assert seen == [4, 5, 6, 4, 5, 6, 4, 5]  # every set once untimed
-    seen.clear()
-    clock.seconds_per_call(seen.append, [0, 0, 0], "cpu")
-    assert seen == [0] * 6
+
+
+@pytest.mark.parametrize(("warm", "calls", "seen"), [(False, [1, 2], [1, 2, 0, 1, 2]), (True, [0, 0, 0], [0] * 6)])
+def test_sets_settle_untimed(warm: bool, calls: list[int], seen: list[int]) -> None:
+    """Every set has its turn before any is timed; a single one as many as are timed."""
+    found: list[int] = []
+    measurement = measure.Measurement(Case("f_weights", SHAPE, mode="forward", warm=warm), BRIEF)
+    assert measurement.seconds(measure.Contender("a", "eager", found.append, list), calls) > 0
+    assert found == seen
 
 
 def test_rounds_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,8 +245,9 @@ def test_rounds_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     measurement.results = {name: Result(measurement.case, name, "eager", 1) for name in "abc"}
     measurement.time(contenders)
     assert timed is measure.seconds_per_call
-    rounds = "".join(order)[-24:]
-    assert [rounds[i : i + 6] for i in range(0, 24, 6)] == ["aabbcc", "bbccaa", "ccaabb", "aabbcc"]  # untimed, timed
+    rounds = "".join(order)[-48:]  # on each of three sets untimed, on one timed
+    shifted = ["aaaabbbbcccc", "bbbbccccaaaa", "ccccaaaabbbb", "aaaabbbbcccc"]
+    assert [rounds[i : i + 12] for i in range(0, 48, 12)] == shifted
     assert [len(result.rounds) for result in measurement.results.values()] == [4, 4, 4]
 
 
