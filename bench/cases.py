@@ -74,8 +74,8 @@ def shape_of(text: str) -> tuple[str, tuple[int, ...]]:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"must be one of {', '.join(SHAPES)}, or sizes such as 8,4,64,64; got {text!r}") from None
-    if min(sizes) < 1:
-        raise ValueError(f"sizes must be positive, got {text!r}")
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(f"must be at least two sizes, all of them positive, got {text!r}")
     return "", sizes
 
 

@@ -11,10 +11,9 @@ from torch import Tensor
 import fdistill_ops as fd
 
 from .cases import Case
-from .ops import OPS, Inputs
+from .ops import OF_LOGITS, OPS, Inputs
 
 _CHUNK = 1 << 22  # elements that are converted to float64 at a time
-_WHOLE = ("f_weights", "gan_generator", "gan_discriminator")  # of the size of the logits
 
 Results = list[Tensor]
 """The value, and in the mode forward+backward the gradients of the leaves."""
@@ -26,7 +25,7 @@ def expected(case: Case, inputs: Inputs) -> Results:
     if case.op == "f_distill":
         with fd.use_backend("reference"):
             weight = OPS["f_weights"].ours(case, inputs)()
-    chunks = [inputs] if case.op in _WHOLE else list(_chunks(case, inputs))
+    chunks = [inputs] if case.op in OF_LOGITS else list(_chunks(case, inputs))
     values, gradients, sizes, at = [], [], [], 0
     for chunk in chunks:
         wide = {name: _widened(tensor) for name, tensor in chunk.items()}

@@ -19,8 +19,8 @@ def synchronize(device: str) -> None:
 
 
 def seconds_per_call(step: Step, settle: Sequence[int], calls: Sequence[int], device: str) -> float:
-    """Mean time of step(i) over the calls, after the untimed ones of ``settle``: what a call finds is then what its like
-    left behind, in the caches, the predictors and the allocators, as in a training loop."""
+    """Mean time of step(i) over the calls, after the untimed ones of ``settle``: what a call finds is then what its
+    like left behind, in the caches, the predictors and the allocators, as in a training loop."""
     for i in settle:
         step(i)
     if torch.device(device).type != "cuda":

@@ -11,6 +11,8 @@ from .record import Record, Result
 
 CONTROLS = ("copy", "eager")
 """Contenders whose code is not ours: where they slowed down too, the machine did."""
+LEAST_ROUNDS = 3
+"""Quartiles of fewer say nothing about the noise."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Change:
 
 
 def compare(old: Record, new: Record, least: float = 1.05) -> list[Change]:
-    """The fused results that both records have, in the order of the new one.
+    """The results of our back ends that both records have, in the order of the new one, and those that the old one has
+    of a case that the new one has without them (unless it was told which contenders to measure).
 
     A result is slower if its median grew by more than a factor of ``least`` and by more than the noise: the logarithm
     of the change must exceed the distances of the quartiles of both measurements, in units of their medians, added in
@@ -41,15 +44,17 @@ def compare(old: Record, new: Record, least: float = 1.05) -> list[Change]:
     at least that much longer too; a machine that got faster is given no credit.
 
     Raises:
-        ValueError: the records have no case in common.
+        ValueError: the records have no case in common, or the old one has too few rounds to tell its noise.
     """
+    if any(0 < len(result.rounds) < LEAST_ROUNDS for result in old.results):
+        raise ValueError(f"the old record has fewer than {LEAST_ROUNDS} rounds")
     before = {(result.case, result.contender): result for result in old.results}
     changes = []
     for group in new.groups():
         drift = _drift(before, group)
         for result in group:
             earlier = before.get((result.case, result.contender))
-            if result.kind != "fused" or earlier is None or not earlier.rounds:
+            if not result.ours or earlier is None or not earlier.rounds:
                 continue
             if not result.rounds:
                 changes.append(Change(result, math.inf, 1.0, broken=result.error or "no time"))
@@ -57,6 +62,11 @@ def compare(old: Record, new: Record, least: float = 1.05) -> list[Change]:
             factor = median(result.rounds) / median(earlier.rounds) / drift
             noise = math.hypot(earlier.seconds.relative, result.seconds.relative)
             changes.append(Change(result, factor, max(least, math.exp(noise))))
+    if not any(part.startswith("--contender") for part in new.command):
+        cases, there = {result.case for result in new.results}, {(r.case, r.contender) for r in new.results}
+        for (case, contender), earlier in before.items():
+            if earlier.ours and earlier.rounds and case in cases and (case, contender) not in there:
+                changes.append(Change(earlier, math.inf, 1.0, broken="it was not measured"))
     if not changes:
         raise ValueError("the two records have no case in common")
     return changes

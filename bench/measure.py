@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,12 +33,13 @@ _MOST_SETS = 64
 @dataclass
 class Plan:
     """How much is measured. ``seconds`` is what a contender takes in one round; ``contenders`` names those wanted, None
-    for all."""
+    for all; ``reference`` says whether it is timed where there are kernels too."""
 
     rounds: int = 15
     seconds: float = 0.01
     contenders: frozenset[str] | None = None
     compile: bool = True
+    reference: bool = True
 
     def wants(self, name: str) -> bool:
         return self.contenders is None or name in self.contenders
@@ -69,9 +72,47 @@ def serving(device: str) -> list[str]:
 
 
 def measure(case: Case, plan: Plan) -> list[Result]:
-    """A result for every contender, those that are wrong or do not run without a time."""
+    """A result for every contender, those that are wrong or do not run without a time; a single one of kind "failed"
+    where the case itself cannot be measured, for instance for want of memory."""
     with _threads(case.threads):
-        return Measurement(case, plan).run()
+        try:
+            return Measurement(case, plan).run()
+        except Exception as error:  # what was measured before is not lost to it
+            _go_on_unless_interrupted()
+            return [Result(case, "-", "failed", model_bytes(case), error=_in_words(error))]
+
+
+_interrupted = threading.Event()
+
+
+def _interrupt(signal_number: int, frame: object) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def _go_on_unless_interrupted() -> None:
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends a measurement, also where a compiler makes an error of its own of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        _interrupted.clear()
+
+
+def _in_words(error: Exception) -> str:
+    """In one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 class Measurement:
@@ -107,7 +148,10 @@ class Measurement:
 
     def contenders(self) -> Iterator[Contender]:
         ours = [self.op.ours(self.case, inputs) for inputs in self.sets]
-        for name in serving(self.case.device) if self.op.fused else ["reference"]:
+        names = serving(self.case.device) if self.op.fused else ["reference"]
+        if len(names) > 1 and not self.plan.reference:
+            names.remove("reference")
+        for name in names:
             kind = "reference" if name == "reference" else "fused"
             if self.plan.wants(name):
                 yield self.contender(name, kind, ours, name)
@@ -193,6 +237,8 @@ class Measurement:
         result = Result(self.case, contender.name, contender.kind, model_bytes(self.case))
         self.results[contender.name] = result
         tolerance = check.tolerance(self.case, contender.kind in ("fused", "reference"))
+        for i in range(len(self.sets)):
+            self.expected(i)  # what is wrong with that is not the contender's fault
         try:
             with fd.use_backend(contender.backend):
                 synchronize(self.case.device)
@@ -206,7 +252,8 @@ class Measurement:
                         result.error = f"wrong result: {result.error}"
                         break
         except Exception as error:  # whatever a compiler or a back end raises: the others are timed all the same
-            result.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            result.error = _in_words(error)
+        _go_on_unless_interrupted()
         self.release()
         return result.error is None
 

@@ -21,6 +21,8 @@ MATCHING = ("f_distill", "distribution_matching", "score_difference")
 """The operations that a case's guidance and mask are for."""
 WEIGHTED = ("f_distill", "f_weights")
 """Those that its divergence and histogram are for."""
+OF_LOGITS = ("f_weights", "gan_generator", "gan_discriminator")
+"""Those whose size is that of the logits, [B, heads]."""
 _GUIDANCE = 7.5  # of the ops that always have guidance
 _ALPHA = 1.2  # of the score identity
 
@@ -77,6 +79,7 @@ def _samples(case: Case, generator: torch.Generator) -> Inputs:
         tensors["uncond"] = (clean + 0.5 * randn()).to(case.torch_dtype)
     if case.mask:
         tensors["mask"] = torch.rand(case.shape, generator=generator) > 0.5
+        tensors["mask"].reshape(case.shape[0], -1)[:, 0] = True  # at least one of each sample
     return tensors
 
 
@@ -106,6 +109,12 @@ def _logit_bytes(case: Case, tensors: int) -> float:
     """Reads the logits; backward reads them again and writes their gradient."""
     bytes_ = case.shape[0] * HEADS * case.torch_dtype.itemsize
     return float(tensors * bytes_ * (1 if case.mode == "forward" else 3))
+
+
+def _alone(case: Case, generator: torch.Generator) -> Inputs:
+    """Logits in the case's dtype: there is nothing else that has it."""
+    tensors = _logits(case, generator)
+    return tensors | {"logits": tensors["logits"].to(case.torch_dtype)}
 
 
 def _gan(case: Case, generator: torch.Generator) -> Inputs:
@@ -208,10 +217,10 @@ OPS: dict[str, Op] = {
         traffic=lambda case: (3.0 if case.mode == "forward" else 5.0) * case.tensor_bytes,
     ),
     "f_weights": Op(
-        _logits,
+        _alone,
         lambda case, i: partial(fd.f_weights, i["logits"], i["t"], **_weight_options(case, i)),
         lambda case, i: partial(baselines.f_weights, *_eager_weights(case, i)),
-        traffic=lambda case: case.shape[0] * (4.0 * HEADS + 8 + 4),
+        traffic=lambda case: case.shape[0] * (case.torch_dtype.itemsize * HEADS + 8.0 + 4.0),
     ),
     "gan_generator": Op(
         _gan,

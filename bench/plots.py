@@ -29,7 +29,7 @@ Groups = list[list[Result]]
 
 def plot(record: Record, folder: Path, prefix: str = "") -> list[Path]:
     """Writes what the record has figures for: roofline.png (bandwidth over size), batch.png (time over batch) and
-    ratios.png (bars for named shapes). Returns the paths."""
+    ratios.png (bars for the other shapes, where one of our back ends has a time). Returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes, batches, rest = _parts(record)
     written = []
@@ -54,7 +54,8 @@ def _parts(record: Record) -> tuple[Groups, Groups, Groups]:
         if not any(result.rounds for result in group):
             continue
         (sizes if of_size(group[0].case) else batches if _of_batch(group[0].case) else rest).append(group)
-    return _first(sizes), _first(batches), rest
+    ours = [group for group in rest if any(result.kind == "fused" and result.rounds for result in group)]
+    return _first(sizes), _first(batches), ours
 
 
 def of_size(case: Case) -> bool:
@@ -128,9 +129,8 @@ def _draw_ratios(groups: Groups) -> Any:
     """Panels for the headings with most cases, at most four: how many times as long the others take."""
     panels: dict[str, Groups] = {}
     for group in groups:
-        if any(result.kind == "fused" and result.rounds for result in group):
-            panels.setdefault(heading(group[0].case), []).append(group)
-    shown = sorted(panels.items(), key=lambda panel: -len(panel[1]))[:4] or [(heading(groups[0][0].case), [])]
+        panels.setdefault(heading(group[0].case), []).append(group)
+    shown = sorted(panels.items(), key=lambda panel: -len(panel[1]))[:4]
     figure = _figure(9, 0.6 + 2.9 * len(shown))
     for axes, (title, panel) in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
         _draw_panel(axes, panel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -23,7 +24,8 @@ class Progress:
             left = f", {elapsed / self.done * (self.total - self.done):.0f} s left" if self.done else ""
             filled = _WIDTH * self.done // self.total
             bar = "#" * filled + "." * (_WIDTH - filled)
-            sys.stderr.write(f"\r\033[K[{bar}] {self.done}/{self.total} {what}{left}")
+            line = f"[{bar}] {self.done}/{self.total} {what}{left}"
+            sys.stderr.write("\r\033[K" + line[: shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
         self.done += 1
 

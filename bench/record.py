@@ -14,6 +14,7 @@ Round i of one contender was measured right beside round i of the others: ratios
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -32,6 +33,7 @@ from fdistill_ops.trainer.files import to_json, write_text
 
 from .cases import Case
 from .clock import Spread, cache_bytes
+from .ops import OPS
 
 SCHEMA = 1
 
@@ -39,7 +41,7 @@ SCHEMA = 1
 @dataclass
 class Result:
     """One contender on one case. ``kind``: "fused" (one of our back ends), "reference", "eager", "compile" or
-    "copy". ``rounds`` is empty where ``error`` says why."""
+    "copy"; "failed" for a case that could not be measured. ``rounds`` is empty where ``error`` says why."""
 
     case: Case
     contender: str
@@ -51,6 +53,11 @@ class Result:
     launches: int | None = None
     synchronizations: int | None = None
     error: str | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is what users call: operations without kernels are the reference."""
+        return self.kind == "fused" or (self.kind == "reference" and not OPS[self.case.op].fused)
 
     @property
     def seconds(self) -> Spread:
@@ -115,8 +122,12 @@ class Record:
             if content.pop("schema") != SCHEMA:
                 raise ValueError("another schema")
             results = [_result(entry) for entry in content.pop("results")]
-            overhead = [Overhead(**entry) for entry in content.pop("overhead")]
-            return cls(**content, results=results, overhead=overhead)
+            overhead = [_overhead(entry) for entry in content.pop("overhead")]
+            record = cls(**content, results=results, overhead=overhead)
+            for name, kind in (("machine", dict), ("versions", dict), ("started", str)):
+                if not isinstance(getattr(record, name), kind):
+                    raise ValueError(f"{name} is no {kind.__name__}")
+            return record
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no record of schema {SCHEMA}: {error}") from None
 
@@ -124,7 +135,26 @@ class Record:
 def _result(entry: dict[str, Any]) -> Result:
     case = entry.pop("case")
     case["shape"] = tuple(case["shape"])
-    return Result(case=Case(**case), **entry)
+    result = Result(case=Case(**case), **entry)
+    hash(result.case)
+    if result.case.op not in OPS:
+        raise ValueError(f"there is no operation {result.case.op!r}")
+    if not all(isinstance(size, int) and size > 0 for size in result.case.shape):
+        raise ValueError(f"{result.case.shape} is no shape")
+    _check_times(result.rounds)
+    return result
+
+
+def _overhead(entry: dict[str, Any]) -> Overhead:
+    overhead = Overhead(**entry)
+    _check_times(overhead.forward)
+    _check_times(overhead.backward)
+    return overhead
+
+
+def _check_times(times: Any) -> None:
+    if not isinstance(times, list) or not all(isinstance(t, int | float) and 0 < t < math.inf for t in times):
+        raise ValueError("a round is no time")
 
 
 def new_record(device: str, command: Iterable[str]) -> Record:

@@ -27,7 +27,7 @@ def _time(seconds: float) -> str:
 
 COLUMNS: dict[str, Cell] = {
     "ms": lambda r, _: _time(r.seconds.median) if r.rounds else "-",
-    "+-": lambda r, _: f"{r.seconds.relative * 50:.0f}%" if r.rounds else "-",
+    "+-": lambda r, _: f"{r.seconds.relative * 50:.0f}%" if len(r.rounds) > 1 else "-",
     "GB/s": lambda r, _: f"{r.bandwidth / 1e9:.3g}" if r.rounds else "-",
     "of copy": lambda r, others: _ratio(r, others.get("copy"), "{:.0%}"),
     "eager/it": lambda r, others: _ratio(r, others.get("eager"), "{:.2f}"),

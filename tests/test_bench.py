@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from fdistill_ops.bench import baselines, check, clock, compare, cost, docs, mea
 from fdistill_ops.bench.cases import MODES, SHAPES, Case, batch_sweep, shape_of, size_name, size_sweep
 from fdistill_ops.bench.measure import Plan
 from fdistill_ops.bench.overhead import measure_overhead
+from fdistill_ops.bench.progress import Progress
 from fdistill_ops.bench.record import Overhead, Record, Result, new_record
 
 import fdistill_ops as fd
@@ -158,6 +163,88 @@ def test_a_contender_that_raises_does_not_stop_the_others(monkeypatch: pytest.Mo
     assert results["eager"].error == "RuntimeError: no such kernel"
     assert results["eager"].rounds == []
     assert len(results["reference"].rounds) == 2
+
+
+def test_a_case_that_fails_does_not_lose_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    made = measure.make_inputs
+
+    def no_memory(case: Case, seed: int) -> Any:
+        if case.shape == (4, 5):
+            raise RuntimeError("not enough memory\nat some place")
+        return made(case, seed)
+
+    monkeypatch.setattr(measure, "make_inputs", no_memory)
+    path = tmp_path / "record.json"
+    arguments = [
+        "--op",
+        "distribution_matching",
+        "--mode",
+        "forward",
+        "--no-compile",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    shapes = ["--shape", "4,4", "--shape", "4,5", "--shape", "4,6"]
+    assert command_line.main([*arguments, *shapes, "--json", str(path)]) == 1
+    assert "RuntimeError: not enough memory\n" in capsys.readouterr().out
+    groups = Record.read(path).groups()
+    assert [[bool(result.rounds) for result in group] for group in groups][1] == [False]
+    assert all(result.rounds for group in groups[::2] for result in group)
+
+
+def test_what_is_wrong_with_the_check_is_not_the_contenders_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("float division by zero")
+
+    monkeypatch.setattr(check, "expected", broken)
+    (result,) = measure.measure(Case("f_distill", SHAPE), BRIEF)
+    assert (result.kind, result.error) == ("failed", "ZeroDivisionError: float division by zero")
+
+
+def test_masks_are_not_empty() -> None:
+    for result in measure.measure(Case("f_distill", (3, 1), mask=True), BRIEF):
+        assert result.error is None
+
+
+@pytest.mark.parametrize("name", ["reference", "eager"])
+def test_an_operation_without_kernels_can_be_wrong(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = ops.OPS["gan_generator"]
+    wrong = {"reference": "ours", "eager": "eager"}[name]
+
+    def call(case: Case, inputs: Any) -> Any:
+        factor = 1.5 if inputs["fake"].dtype is torch.float32 else 1.0  # not the expected one, which is wide
+        return lambda: factor * getattr(right, wrong)(case, inputs)()
+
+    monkeypatch.setitem(ops.OPS, "gan_generator", replace(right, **{wrong: call}))
+    arguments = ["--op", "gan_generator", "--shape", "4,4", "--rounds", "1", "--no-compile", "--device", "cpu"]
+    assert command_line.main(arguments) == 1
+    output = capsys.readouterr()
+    assert output.out.count("wrong result") == 2  # both modes
+    assert "error: wrong results or errors" in output.err
+
+
+def test_ctrl_c_in_a_compiler() -> None:
+    """Which makes an error of its own of it."""
+
+    def step(i: int) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):
+                time.sleep(0.01)
+        except KeyboardInterrupt:
+            raise RuntimeError("the compiler died") from None
+
+    measurement = measure.Measurement(Case("f_weights", SHAPE, mode="forward"), BRIEF)
+    before = signal.getsignal(signal.SIGINT)
+    with measure.interruptible(), pytest.raises(KeyboardInterrupt):
+        measurement.is_right(measure.Contender("a", "compile", step, list))
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_differences_are_found() -> None:
@@ -377,6 +464,30 @@ def test_what_is_no_record_is_refused(text: str, tmp_path: Path, capsys: pytest.
     assert "no record" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"machine": None},
+        {"versions": []},
+        {"started": None},
+        {"overhead": [{"op": "f_distill", "contender": "cpu", "device": "cpu", "forward": [None], "backward": []}]},
+        *({"rounds": rounds} for rounds in (0.5, ["1"], [None], [0.0], [-1.0], [math.nan])),
+        *({"case": {"op": "f_distill", "shape": shape}} for shape in (["4"], [0, 4], [[4]])),
+        {"case": {"op": "another", "shape": [4, 4]}},
+        {"case": {"op": "f_distill", "shape": [4, 4], "name": []}},
+    ],
+    ids=str,
+)
+def test_damaged_records_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    record_of({"cpu": [1.0] * 3}).write(path)
+    content = json.loads(path.read_text())
+    (content if set(change) <= set(content) else content["results"][0]).update(change)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is no record of schema 1: "):
+        Record.read(path)
+
+
 def test_ratios_are_taken_round_by_round() -> None:
     """The machine is twice as slow in some rounds: the ratio does not see it."""
     a = Result(Case("f_distill", SHAPE), "cpu", "fused", 8, [1.0, 2.0, 1.0, 2.0, 2.0])
@@ -428,6 +539,17 @@ def test_compare_reports_what_broke_and_what_is_missing() -> None:
     other = record_of({"cpu": STEADY}, Case("f_distill", SHAPES["sd15"]))
     with pytest.raises(ValueError, match="no case in common"):
         compare.compare(old, other)
+    lost = record_of({"cpu": STEADY, "cuda": STEADY, "copy": STEADY})
+    cpu, cuda = compare.compare(lost, record_of({"cpu": STEADY, "copy": STEADY}))
+    assert (cpu.slower, cuda.slower, cuda.broken) == (False, True, "it was not measured")
+    chosen = replace(record_of({"cpu": STEADY, "copy": STEADY}), command=["--contender=cpu,copy"])
+    assert len(compare.compare(lost, chosen)) == 1
+    with pytest.raises(ValueError, match="fewer than 3 rounds"):
+        compare.compare(record_of({"cpu": [1.0, 1.0]}), new)
+    unfused = Case("to_x0", SHAPES["sd15"])
+    assert (
+        len(compare.compare(record_of({"reference": STEADY}, unfused), record_of({"reference": STEADY}, unfused))) == 1
+    )
     new.machine["processor"] = "b"
     assert "warning: other machines: a before, b now" in compare.report([change], old, new)
 
@@ -519,10 +641,97 @@ def test_interruption_shows_and_writes_what_is_finished(
     assert len(Record.read(path).results) == 2
 
 
+def test_what_seems_slower_is_measured_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "old.json"
+    arguments = ["--op", "f_distill", "--mode", "forward", "--device", "cpu", "--no-compile", "--compare", str(path)]
+    seen: list[str] = []
+
+    def fake(case: Case, plan: Plan) -> list[Result]:
+        """cifar10 is slow the first time, sd15 always."""
+        slow = case.name == "sd15" or (case.name == "cifar10" and "cifar10" not in seen)
+        seen.append(case.name)
+        return record_of({"cpu": scaled(2.0 if slow else 1.0), "copy": STEADY}, case).results
+
+    cases = command_line.parse([*arguments[:-2]]).cases
+    old = new_record("cpu", [])
+    old.results = [r for case in cases for r in record_of({"cpu": STEADY, "copy": STEADY}, case).results]
+    old.write(path)
+    monkeypatch.setattr(command_line, "measure", fake)
+    assert command_line.main(arguments) == 1
+    output = capsys.readouterr()
+    assert seen == [*SHAPES, "cifar10", "sd15"]
+    assert "measured again" in output.err
+    assert "slower  cpu f_distill forward sd15" in output.out
+    assert "cifar10 float32: " not in output.out
+    assert f"{len(SHAPES)} compared with" in output.out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--op", "score_difference", "--mode", "forward+backward"],
+        ["--op", "f_weights,gan_generator", "--sweep", "size"],
+        ["--contender", "compile", "--no-compile"],
+        ["--sweep", "size", "--shape", "4,4"],
+        ["--rounds", "2", "--compare", "old.json"],
+    ],
+    ids=" ".join,
+)
+def test_what_measures_nothing_is_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        command_line.parse(["--device", "cpu", *options])
+    assert error.value.code == 2
+    assert capsys.readouterr().err.count("error: ") == 1
+
+
+def test_nobody_serves_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    arguments = ["--op", "to_x0", "--contender", "copy", "--shape", "4,4", "--device", "cpu", "--rounds", "1"]
+    assert command_line.main([*arguments, "--json", str(path)]) == 0
+    if "cpu" in fd.available_backends():
+        path.unlink()
+        arguments[3] = "cpu"
+        assert command_line.main([*arguments, "--json", str(path)]) == 2
+        assert not path.exists()
+        assert "none of the contenders" in capsys.readouterr().err
+
+
+def test_unwritable_files_are_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for option, path in (
+        ("--json", tmp_path),
+        ("--json", Path("/proc/x.json")),
+        ("--plot", file),
+        ("--plot", file / "a"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            command_line.parse([option, str(path)])
+        assert error.value.code == 2
+        assert f"argument {option}: " in capsys.readouterr().err
+    assert command_line.parse(["--plot", str(tmp_path / "a" / "b")]).plot == tmp_path / "a" / "b"
+
+
+def test_progress_stays_on_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+    with Progress(2) as progress:
+        progress.step("distribution_matching forward+backward sd3/flux bfloat16")
+    lines = terminal.getvalue().split("\r\033[K")
+    assert max(map(len, lines)) == 39
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--shape", "cifar"], "--shape"),
+        (["--shape", "7"], "--shape"),
+        (["--guidance", "nan"], "--guidance"),
+        (["--guidance", "inf"], "--guidance"),
         (["--op", "nothing"], "--op"),
         (["--dtype", "int8"], "--dtype"),
         (["--divergence", "nothing"], "--divergence"),
@@ -554,6 +763,9 @@ def test_options_make_cases() -> None:
         *("--divergence", "fkl", "--guidance", "7.5", "--mask", "--no-histogram", "--warm"),
     )
     assert case == Case("f_distill", (2, 3, 4), "", "forward", "bfloat16", "cpu", 1, "fkl", 7.5, True, False, True)
+    assert len(cases("--op", "dmd2", "--shape", "sd3", "--shape", "flux", "--shape", "sd3/flux")) == len(MODES)
+    forward = cases("--op", "f_distill", "--sweep", "size", "--mode", "forward")
+    assert {case.mode for case in forward} == {"forward"}
     sweep = cases("--sweep", "size", "--dtype", "float32,bfloat16")
     assert sweep[0].tensor_bytes == 1024
     assert {case.dtype for case in sweep} == {"float32", "bfloat16"}
@@ -574,7 +786,7 @@ def test_quick_compiles_once_and_not_on_a_slow_machine(
     def measured(case: Case, plan: Plan) -> list[Result]:
         now[0] += seconds
         seen.append((case.label, plan.compile))
-        return []
+        return [Result(case, "cpu", "fused", 1)]
 
     monkeypatch.setattr(command_line, "measure", measured)
     monkeypatch.setattr(command_line, "measure_overhead", lambda *_: [])
