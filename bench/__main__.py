@@ -26,7 +26,7 @@ from .measure import Plan, interruptible, measure, serving
 from .ops import MATCHING, OF_LOGITS, OPS, WEIGHTED
 from .overhead import measure_overhead
 from .progress import Progress
-from .record import Record, Result, memory_bytes, new_record
+from .record import Record, memory_bytes, new_record
 
 _QUICK = Plan(rounds=5, seconds=0.003, reference=False)
 _QUICK_SECONDS = 22.0  # of measuring; --quick begins nothing that would take longer
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.compare is not None:
         try:
             old = Record.read(arguments.compare)
+            compare.require_rounds(old)
         except (OSError, ValueError) as error:
             say(f"fdistill-bench: error: {error}")
             return 2
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         say(f"fdistill-bench: error: {error}")
         return 1
-    if any(result.error is not None and _counts(result) for result in record.results):
+    if any(result.fails for result in record.results):
         say("fdistill-bench: error: wrong results or errors: what has no times above")
         status = status or 1
     if old is not None:
@@ -78,12 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(change.slower for change in changes):
             status = status or 1
     return status
-
-
-def _counts(result: Result) -> bool:
-    """Whether an error of it is one of the run. Eager formulas are also what checks an operation that is its own
-    reference."""
-    return result.ours or result.kind == "failed" or (result.kind == "eager" and not OPS[result.case.op].fused)
 
 
 def _measured_again(

@@ -34,6 +34,12 @@ class Change:
         return self.broken is None and self.factor < 1 / self.noise
 
 
+def require_rounds(old: Record) -> None:
+    """ValueError where it has too few of them to tell its noise."""
+    if any(0 < len(result.rounds) < LEAST_ROUNDS for result in old.results):
+        raise ValueError(f"the old record has fewer than {LEAST_ROUNDS} rounds")
+
+
 def compare(old: Record, new: Record, least: float = 1.05) -> list[Change]:
     """The results of our back ends that both records have, in the order of the new one, and those that the old one has
     of a case that the new one has without them (unless it was told which contenders to measure).
@@ -46,8 +52,7 @@ def compare(old: Record, new: Record, least: float = 1.05) -> list[Change]:
     Raises:
         ValueError: the records have no case in common, or the old one has too few rounds to tell its noise.
     """
-    if any(0 < len(result.rounds) < LEAST_ROUNDS for result in old.results):
-        raise ValueError(f"the old record has fewer than {LEAST_ROUNDS} rounds")
+    require_rounds(old)
     before = {(result.case, result.contender): result for result in old.results}
     changes = []
     for group in new.groups():

@@ -57,13 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure_pages() -> None:
-    """Writes the record after each of its parts; an interruption keeps those that are finished."""
+    """Writes the record after each of its parts; an interruption keeps those that are finished. Ends with status 1 at
+    what is wrong or does not run."""
     record = new_record("cpu", ["docs"])
     for options in RUNS:
         say(f"fdistill-bench {options}")
         if status := measure_all(parse(["--device", "cpu", "--no-overhead", *options.split()]), record):
             sys.exit(status)
         record.write(RECORD)
+        for result in record.results:
+            if result.fails:
+                say(f"{result.case.op} {result.case.label} {result.case.dtype}, {result.contender}: {result.error}")
+                sys.exit(1)
 
 
 def render(page: str, record: Record) -> str:

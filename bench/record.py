@@ -60,6 +60,12 @@ class Result:
         return self.kind == "fused" or (self.kind == "reference" and not OPS[self.case.op].fused)
 
     @property
+    def fails(self) -> bool:
+        """Whether the run has failed with it. Eager formulas also check an operation that is its own reference."""
+        checks = self.kind == "eager" and not OPS[self.case.op].fused
+        return self.error is not None and (self.ours or self.kind == "failed" or checks)
+
+    @property
     def seconds(self) -> Spread:
         return Spread.of(self.rounds)
 

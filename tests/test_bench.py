@@ -873,6 +873,21 @@ def test_figures_of_the_pages() -> None:
         docs.render(page.replace("float32", "no-such-table"), record)
 
 
+def test_pages_are_not_written_from_wrong_results(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(arguments: Any, record: Record) -> int:
+        record.results += record_of({"cpu": []}, cpu="wrong result: value").results
+        return 0
+
+    monkeypatch.setattr(docs, "measure_all", measured)
+    monkeypatch.setattr(docs, "RECORD", tmp_path / "record.json")
+    with pytest.raises(SystemExit) as error:
+        docs.measure_pages()
+    assert error.value.code == 1
+    assert "f_distill cifar10 float32, cpu: wrong result: value" in capsys.readouterr().err
+
+
 def test_budget() -> None:
     """1.15 copies, and below 64 MiB a tensor the host overhead."""
     record = record_of({"cpu": [1e-3] * 3, "copy": [5e-4] * 3}, Case("f_distill", (256, 3, 32, 32), "cifar10"))
