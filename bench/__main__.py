@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import sys
 import tempfile
 import time
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 import fdistill_ops as fd
-from fdistill_ops._arguments import device_name, integer
+from fdistill_ops._arguments import device_name, integer, number
 from fdistill_ops.trainer.files import say
 
 from . import compare, plots, table
@@ -154,7 +153,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     dtypes = ("float32", "bfloat16", "float16", "float64")
     some("--dtype", type=_list(_choice(dtypes)), default=("float32",), help=f"of {','.join(dtypes)} (default: float32)")
     add("--divergence", type=_divergence, default="js", help="(default: %(default)s)")
-    add("--guidance", type=_finite, help="guidance scale of the teacher (default: no guidance)")
+    add("--guidance", type=number(), help="guidance scale of the teacher (default: no guidance)")
     add("--mask", action="store_true", help="with a mask")
     histogram = argparse.BooleanOptionalAction
     add("--histogram", action=histogram, default=True, help="divide ratios by their running mean (default: yes)")
@@ -295,16 +294,6 @@ def _shape(text: str) -> tuple[str, tuple[int, ...]]:
         return shape_of(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
-    return value
 
 
 def _writable(text: str) -> Path:

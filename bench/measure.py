@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from unittest.mock import patch
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 
 import fdistill_ops as fd
 from fdistill_ops import backends
+from fdistill_ops.trainer.files import reason
+from fdistill_ops.trainer.interruption import handled
 
 from . import check, cost
 from .cases import Case
@@ -85,7 +88,7 @@ def measure(case: Case, plan: Plan) -> list[Result]:
 _interrupted = threading.Event()
 
 
-def _interrupt(signal_number: int, frame: object) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
     _interrupted.set()
     raise KeyboardInterrupt
 
@@ -98,21 +101,16 @@ def _go_on_unless_interrupted() -> None:
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Ctrl-C ends a measurement, also where a compiler makes an error of its own of it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, _interrupt)
     try:
-        yield
+        with handled(_interrupt, (signal.SIGINT,)):
+            yield
     finally:
-        signal.signal(signal.SIGINT, before)
         _interrupted.clear()
 
 
 def _in_words(error: Exception) -> str:
     """In one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return f"{type(error).__name__}: {reason(error)}"
 
 
 class Measurement:

@@ -238,7 +238,7 @@ def test_back_end_names_the_students(first: Path, tmp_path: Path, capsys: pytest
     taken = {line.split(":")[0] for line in capsys.readouterr().err.splitlines() if ": from " in line}
     assert taken == {"classifier", "teacher"} | ({"js"} if other == "reference" else set())
     assert main(arguments) == 0
-    assert len(list(cache.glob("student-js-*"))) == 2 if other == "cpu" else 1
+    assert len(list(cache.glob("student-js-*"))) == (2 if other == "cpu" else 1)
 
 
 def test_seed_and_settings_name_the_cache() -> None:

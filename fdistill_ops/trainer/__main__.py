@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import os
 import sys
 import tempfile
@@ -15,11 +14,11 @@ import torch
 
 import fdistill_ops as fd
 
-from .._arguments import device_name, integer
+from .._arguments import device_name, integer, number
 from . import data, ranks
 from .compare import Comparison, compare
 from .config import Config, defaults
-from .files import say
+from .files import reason, say
 from .interruption import Interrupted, raised
 from .own_data import DataError
 from .run import run
@@ -119,7 +118,7 @@ def _add_options(parser: argparse.ArgumentParser, divergences: tuple[str, ...]) 
     add("--teacher-steps", type=integer(1, 10**9), help="(default: by the data)")
     add("--distill-steps", type=integer(1, 10**9), help="updates of each student (default: by the data)")
     add("--student-steps", type=integer(1, 64), default=1, help="of the student's sampler (default: %(default)s)")
-    add("--guidance", type=_scale, default=1.0, help="the teacher's guidance scale; 1 is none (default: %(default)s)")
+    add("--guidance", type=number(0), default=1.0, help="of the teacher; 1 is none (default: %(default)s)")
     add("--width", type=integer(8, 2**16), help="hidden units of the networks (default: by the data)")
     add("--depth", type=integer(1, 1024), help="blocks of the networks (default: by the data)")
     add("--precision", choices=PRECISIONS, default=default.precision, help="of the networks (default: %(default)s)")
@@ -164,7 +163,7 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace, names
     try:
         fd.f_weights(torch.zeros(1, device=arguments.device))
     except (RuntimeError, ValueError) as error:  # no back end for that device, or an override that does not fit
-        parser.error(f"argument --device: {str(error).splitlines()[0]}")
+        parser.error(f"argument --device: {reason(error)}")
     arguments.cache = arguments.cache or arguments.out / "cache"
     for option in ("out", "cache"):
         folder: Path = getattr(arguments, option)
@@ -195,16 +194,6 @@ def _data_sets(text: str) -> tuple[str, ...]:
     if twice:
         raise argparse.ArgumentTypeError(f"two data sets are called {twice[0]!r}")
     return names
-
-
-def _scale(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number from 0, got {text!r}")
-    return value
 
 
 def _divergences(text: str) -> tuple[str, ...]:

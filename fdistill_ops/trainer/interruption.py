@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -29,7 +29,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
 @contextmanager
 def raised() -> Iterator[None]:
     """Within it the signals raise Interrupted at once."""
-    with _handled(_raise):
+    with handled(_raise):
         yield
 
 
@@ -44,18 +44,19 @@ def deferred() -> Iterator[list[int]]:
             raise Interrupted(number)
         noted.append(number)
 
-    with _handled(note):
+    with handled(note):
         yield noted
     if noted:
         raise Interrupted(noted[0])
 
 
 @contextmanager
-def _handled(handler: Handler) -> Iterator[None]:
+def handled(handler: Handler, numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
+    """Within it the signals go to the handler."""
     if threading.current_thread() is not threading.main_thread():  # elsewhere Python handles none
         yield
         return
-    previous = {number: signal.signal(number, handler) for number in SIGNALS}
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
