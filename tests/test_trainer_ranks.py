@@ -128,6 +128,51 @@ def test_rank_that_dies(victim: int, tmp_path: Path) -> None:
         torch.load(path, weights_only=True)
 
 
+# A thread of the group that lets go of a tensor while the interpreter ends kills the process: "terminate called without
+# an active exception". It takes bad luck, so the threads themselves are looked for.
+LEAVING = """
+import atexit, os, sys
+from pathlib import Path
+
+def threads(when):
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    found = " ".join(name for name in names if "gloo" in name)
+    Path(sys.argv[0]).with_name(f"{when} {os.environ['RANK']}").write_text(found)
+
+atexit.register(threads, "left")  # called last: after what is registered from here on
+
+import torch
+from fdistill_ops.trainer import ranks
+
+def run():
+    module = ranks.parallel(torch.nn.Linear(2, 2))
+    module.cycle = [module]
+    module(torch.ones(1, 2)).sum().backward()
+    ranks.gathered(0)
+    threads("within")
+    if sys.argv[1] == "fails":
+        raise RuntimeError
+
+try:
+    with ranks.joined("cpu"):
+        run()
+except RuntimeError:
+    pass
+"""
+
+
+@pytest.mark.parametrize("how", ["ends", "fails"])
+def test_no_thread_of_the_group_is_left(how: str, tmp_path: Path) -> None:
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), how]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-3000:]
+    for rank in "01":
+        assert (tmp_path / f"within {rank}").read_text(), "the threads have other names"
+        assert not (tmp_path / f"left {rank}").read_text()
+
+
 def test_rank_that_dies_without_torchrun(tmp_path: Path) -> None:
     """The other one ends by itself, and says why."""
     with socket.socket() as found:

@@ -6,6 +6,9 @@ to rounding. Without torchrun every function here is that of one process alone.
 
 from __future__ import annotations
 
+import atexit
+import gc
+import inspect
 import math
 import os
 from collections.abc import Iterator
@@ -18,7 +21,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+if dist.is_available():
+    import torch.distributed.nn.functional  # before any group: it keeps for ever the one there is when it is imported
+
 TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another before the job ends
+# No network here changes its buffers. PyTorch has renamed the argument.
+_NAMES = {"broadcast_buffers", "forward_sync_buffers"} & inspect.signature(DistributedDataParallel).parameters.keys()
+CONSTANT_BUFFERS: Any = {max(_NAMES): False}
 
 _control: Any = None  # a group of all ranks for what is on the CPU, gloo
 
@@ -35,7 +44,11 @@ def own_device(device: str) -> str:
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Within it the processes form a group: nccl for GPUs, gloo for CPUs."""
+    """Within it the processes form a group: nccl for GPUs, gloo for CPUs.
+
+    None of the group's threads outlives the process's last Python code: one that lets go of a tensor after it ends the
+    process with SIGABRT. The threads end with the last reference to the group, so none may be left.
+    """
     if requested() == 1:
         yield
         return
@@ -47,7 +60,9 @@ def joined(device: str) -> Iterator[None]:
     try:
         yield
     finally:
+        _control = None
         dist.destroy_process_group()
+        atexit.register(gc.collect)  # modules and the frames of an exception hold it too, in cycles
 
 
 def world() -> int:
@@ -70,7 +85,7 @@ def mine(whole: Tensor) -> Tensor:
 
 def parallel(module: nn.Module) -> nn.Module:
     """The module to train: it averages the gradients over the ranks in backward. Its state is ``module``'s."""
-    return module if world() == 1 else DistributedDataParallel(module, broadcast_buffers=False)
+    return module if world() == 1 else DistributedDataParallel(module, **CONSTANT_BUFFERS)
 
 
 def gathered(value: Any) -> list[Any]:
