@@ -80,6 +80,63 @@ def test_every_instruction_set_gives_the_same_bits(
                 assert bool(same.all()), (name, got, want)
 
 
+@pytest.fixture(params=_native.module().isas() if _native.module() else [])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    with isa(request.param):
+        yield request.param
+
+
+def gradient_is(x: Tensor, fake: Tensor, expected: Tensor) -> None:
+    """Of the plainest loss, 1/2 sum (fake - 0)^2, the gradient is fake in x's dtype, to the bit where it is finite."""
+    x = x.requires_grad_()
+    fd.distribution_matching_loss(x, torch.zeros_like(fake), fake, normalizer=None, eps=0.0, reduction="sum").backward()
+    finite = expected.isfinite()
+    assert x.grad.dtype == expected.dtype and torch.equal(x.grad[finite], expected[finite])
+    assert not x.grad[~finite].isfinite().any()
+
+
+@pytest.mark.parametrize("length", [65536, 65535, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("instruction_set")
+def test_every_16_bit_number_is_widened_exactly(dtype: torch.dtype, length: int) -> None:
+    every = torch.arange(-32768, 32768).to(torch.int16).view(dtype)[-length:].view(1, -1)
+    gradient_is(torch.zeros(every.shape), every, every.float())
+
+
+@pytest.mark.parametrize("length", [1 << 18, 513, 7])
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.usefixtures("instruction_set")
+def test_bfloat16_is_rounded_to_nearest_even(mixed: bool, length: int) -> None:
+    """From a float32 gradient, and (not mixed) from the difference of bfloat16 operands, which has many ties."""
+    gen = torch.Generator().manual_seed(length)
+    if mixed:  # any float32: half of them ties, or next to one
+        bits = torch.randint(-(2**31), 2**31, (1, length), generator=gen)
+        near = (bits & ~0xFFFF) + 0x8000 + torch.randint(-1, 2, bits.shape, generator=gen)
+        fake = torch.where(torch.rand(bits.shape, generator=gen) < 0.5, near, bits).to(torch.int32).view(torch.float32)
+        fake = fake.where(fake.abs() < 1e18, 1)  # the loss, a sum of squares, is not to overflow
+        gradient_is(torch.zeros(fake.shape, dtype=torch.bfloat16), fake, fake.bfloat16())
+        return
+    fake, teacher = (torch.randn(1, length, generator=gen).bfloat16() for _ in range(2))
+    x = torch.zeros_like(fake).requires_grad_()
+    fd.distribution_matching_loss(x, teacher, fake, normalizer=None, eps=0.0, reduction="sum").backward()
+    exact = fake.float() - teacher.float()
+    assert torch.equal(x.grad, exact.bfloat16())
+    assert length < 1000 or ((exact.view(torch.int32) & 0xFFFF) == 0x8000).float().mean() > 0.05, "hardly any ties"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("elements", [33, 64, 1024, 1027, 3072, 40000])
+@pytest.mark.usefixtures("instruction_set")
+def test_large_batches_are_what_their_parts_are(elements: int, dtype: torch.dtype) -> None:
+    """A gradient that is written past the caches, as large ones are, is that of a few samples, which is not."""
+    tensors = arguments(((4 << 20) // dtype.itemsize // elements, elements), dtype)
+    fd.distribution_matching_loss(**tensors, reduction="sample").sum().backward()
+    for rows in (slice(9), slice(-9, None)):
+        part = {name: tensor.detach()[rows].requires_grad_(name == "x") for name, tensor in tensors.items()}
+        fd.distribution_matching_loss(**part, reduction="sample").sum().backward()
+        assert torch.equal(part["x"].grad, tensors["x"].grad[rows])
+
+
 def test_an_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(ValueError, match=r"isa: sse9 .*plain"):
         _native.module().set_isa("sse9")

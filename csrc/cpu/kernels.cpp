@@ -248,9 +248,30 @@ constexpr TypedKernels<T> typed() {
   return {distance<T, Reads::last>, distance<T, Reads::again>, largest<T>, score_difference<T>, score_identity<T>};
 }
 
+void widen_bfloat16(const bfloat16* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
+}
+
+void narrow_bfloat16(const float* from, bfloat16* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = to_bfloat16(from[i]);
+}
+
+void widen_float16(const float16* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store<true>(to + i, load(from + i), false);
+  for (; i < n; ++i) to[i] = to_float(from[i]);
+}
+
+void narrow_float16(const float* from, float16* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store<true>(to + i, load(from + i), false);
+  for (; i < n; ++i) to[i] = to_float16(from[i]);
+}
+
 #define FD_STRING_OF(name) #name
 #define FD_STRING(name) FD_STRING_OF(name)
-constexpr Kernels kTable = {FD_STRING(FD_ISA), typed<float>(), typed<double>(), typed<bfloat16>(), typed<float16>()};
+constexpr Kernels kTable = {FD_STRING(FD_ISA), typed<float>(), typed<double>(), typed<bfloat16>(), typed<float16>(),
+                            {widen_bfloat16, narrow_bfloat16}, {widen_float16, narrow_float16}};
 
 }  // namespace
 

@@ -48,12 +48,21 @@ struct TypedKernels {
   void (*score_identity)(const Block<T>&, BlockSums&);    // terms, and the three derivatives * inverse
 };
 
+// Rows of n elements between a 16-bit type and the one computed in, rounded to nearest even.
+template <class T>
+struct Conversion {
+  void (*widen)(const T* from, float* to, int64_t n);
+  void (*narrow)(const float* from, T* to, int64_t n);
+};
+
 struct Kernels {
   const char* name;
   TypedKernels<float> f32;
   TypedKernels<double> f64;
   TypedKernels<bfloat16> bf16;
   TypedKernels<float16> f16;
+  Conversion<bfloat16> convert_bf16;
+  Conversion<float16> convert_f16;
 
   template <class T>
   const TypedKernels<T>& of() const {
@@ -61,6 +70,11 @@ struct Kernels {
     if constexpr (std::is_same_v<T, double>) return f64;
     if constexpr (std::is_same_v<T, bfloat16>) return bf16;
     if constexpr (std::is_same_v<T, float16>) return f16;
+  }
+  template <class T>
+  const Conversion<T>& conversion() const {
+    if constexpr (std::is_same_v<T, bfloat16>) return convert_bf16;
+    if constexpr (std::is_same_v<T, float16>) return convert_f16;
   }
 };
 

@@ -24,7 +24,9 @@ constexpr int64_t kChunk = 16384;        // elements per partial sum: fixes the 
 constexpr int64_t kStage = 512;          // elements gathered at a time where an operand is not dense
 constexpr int64_t kPerThread = 16384;    // elements below which another thread does not pay
 constexpr int64_t kShareBytes = 6 << 20; // samples above this are worked on by all threads at once
-constexpr int64_t kStreamBytes = 8 << 20;  // gradients from this size on are written past the caches
+// Gradients from these sizes on, in all or of each thread, have left the caches before they are read: they are written past
+// them, where that many bytes follow each other. (Other stores wait for those past the caches, some 50 ns at each change.)
+constexpr int64_t kStreamBytes = 8 << 20, kStreamShare = 7 << 18, kStreamRun = 4096;
 
 const uint8_t kAllOff[kChunk] = {};
 
@@ -50,7 +52,7 @@ class Loss {
         ratio_(ratio),
         threads_(threads),
         layout_(layout),
-        kernels_(kernels.of<T>()),
+        kernels_(kernels),
         chunks_((layout.elements + kChunk - 1) / kChunk),
         sums_(layout.batch * chunks_),
         normalizers_(layout.batch, 1.0) {
@@ -60,7 +62,7 @@ class Loss {
     int64_t bytes = 0;
     for (const int o : {kDx, kDTeacher, kDFake})
       if (call.operands[o]) bytes += layout.batch * layout.elements * static_cast<int64_t>(sizeof(T));
-    stream_ = bytes >= kStreamBytes;
+    stream_ = bytes >= std::min(kStreamBytes, threads * kStreamShare);
   }
 
   void run() {
@@ -86,6 +88,7 @@ class Loss {
   }
 
  private:
+  const TypedKernels<T>& kernels() const { return kernels_.of<T>(); }
   bool mask() const { return static_cast<bool>(call_.operands[kMask]); }
   bool measures() const { return call_.params.normalizer == Normalizer::mean_abs; }
   bool scales() const { return call_.gradient_scale != nullptr; }
@@ -202,12 +205,12 @@ class Loss {
         block.mask = mask_of(b, at, n, staging);
         block.identity_alpha = static_cast<C>(call_.params.identity_alpha);
         if (call_.score_identity) block.x = values(kX, b, at, n, staging);
-        most = std::max(most, kernels_.largest(block));
+        most = std::max(most, kernels().largest(block));
       }
       if (!measures()) return;
       block.x = values(kX, b, at, n, staging);
       if (call_.operands[kXt]) block.x_t = values(kXt, b, at, n, staging);
-      sum += (call_.score_identity ? kernels_.first_distance : kernels_.distance)(block);
+      sum += (call_.score_identity ? kernels().first_distance : kernels().distance)(block);
     });
     if (measures()) distances_[b * chunks_ + chunk] = sum;
     if (scales()) largest_[b * chunks_ + chunk] = most;
@@ -228,9 +231,10 @@ class Loss {
         block.d_teacher = target(kDTeacher, b, at, n, staging);
         block.d_fake = target(kDFake, b, at, n, staging);
       }
-      const auto streamable = [](const T* p) { return p == nullptr || can_stream(p); };
-      block.stream = stream_ && streamable(block.d_x) && streamable(block.d_teacher) && streamable(block.d_fake);
-      (call_.score_identity ? kernels_.score_identity : kernels_.score_difference)(block, sums);
+      const auto streams = [&](int o, const T* p) { return p == nullptr || (p != staging.values[o] && can_stream(p)); };
+      block.stream = stream_ && n * static_cast<int64_t>(sizeof(T)) >= kStreamRun && streams(kDx, block.d_x) &&
+                     streams(kDTeacher, block.d_teacher) && streams(kDFake, block.d_fake);
+      (call_.score_identity ? kernels().score_identity : kernels().score_difference)(block, sums);
       if constexpr (!direct) {
         deliver(kDx, b, at, n, block.d_x, staging, scalars.exponent);
         deliver(kDTeacher, b, at, n, block.d_teacher, staging, scalars.exponent);
@@ -346,16 +350,20 @@ class Loss {
   template <class From, class To>
   void gather(int o, int64_t b, int64_t at, int64_t n, To* to) const {
     const auto* base = static_cast<const From*>(call_.operands[o].data);
+    constexpr bool converts = sizeof(From) == 2 && std::is_same_v<To, float>;
     const auto value = [](From v) {
       if constexpr (std::is_same_v<From, uint8_t>) return v;
       else return static_cast<To>(to_float(v));
     };
     layout_.for_each_run(o, b, at, n, [&](int64_t offset, int64_t stride, int64_t count) {
       const From* from = base + offset;
-      if (stride == 1)
-        for (int64_t i = 0; i < count; ++i) to[i] = value(from[i]);
-      else
+      if (stride != 1) {
         for (int64_t i = 0; i < count; ++i) to[i] = value(from[i * stride]);
+      } else if constexpr (converts) {
+        kernels_.conversion<From>().widen(from, to, count);
+      } else {
+        for (int64_t i = 0; i < count; ++i) to[i] = value(from[i]);
+      }
       to += count;
     });
   }
@@ -378,23 +386,35 @@ class Loss {
   }
 
   void deliver(int o, int64_t b, int64_t at, int64_t n, const T* written, Staging& staging, int exponent) const {
-    const T* buffer = staging.values[o];
+    T* buffer = staging.values[o];
     if (written != buffer) return;
     switch (call_.operands[o].dtype) {
-      case DType::f32: return scatter<float>(o, b, at, n, buffer, C(1));
-      case DType::f64: return scatter<double>(o, b, at, n, buffer, C(1));
-      case DType::bf16: return scatter<bfloat16>(o, b, at, n, buffer, C(1));
-      default: return scatter<float16>(o, b, at, n, buffer, static_cast<C>(std::ldexp(1.0, exponent)));
+      case DType::f32: return scatter<float>(o, b, at, n, buffer);
+      case DType::f64: return scatter<double>(o, b, at, n, buffer);
+      case DType::bf16: return scatter<bfloat16>(o, b, at, n, buffer);
+      default:
+        if (const C scale = static_cast<C>(std::ldexp(1.0, exponent)); scale != 1)
+          for (int64_t i = 0; i < n; ++i) buffer[i] *= scale;
+        return scatter<float16>(o, b, at, n, buffer);
     }
   }
 
   template <class To>
-  void scatter(int o, int64_t b, int64_t at, int64_t n, const T* from, C scale) const {
+  void scatter(int o, int64_t b, int64_t at, int64_t n, const T* from) const {
     auto* base = static_cast<To*>(call_.operands[o].data);
+    constexpr bool converts = sizeof(To) == 2 && std::is_same_v<T, float>;
     layout_.for_each_run(o, b, at, n, [&](int64_t offset, int64_t stride, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) {
-        if constexpr (std::is_same_v<To, double>) base[offset + i * stride] = from[i] * scale;
-        else store(from[i] * scale, base[offset + i * stride]);
+      To* to = base + offset;
+      const auto one_by_one = [&] {
+        for (int64_t i = 0; i < count; ++i) {
+          if constexpr (std::is_same_v<To, double>) to[i * stride] = from[i];
+          else store(from[i], to[i * stride]);
+        }
+      };
+      if constexpr (converts) {
+        stride == 1 ? kernels_.conversion<To>().narrow(from, to, count) : one_by_one();
+      } else {
+        one_by_one();
       }
       from += count;
     });
@@ -485,7 +505,7 @@ class Loss {
   const RatioStats* const ratio_;
   const int threads_;
   const LossLayout& layout_;
-  const TypedKernels<T>& kernels_;
+  const Kernels& kernels_;
   const int64_t chunks_;
   std::vector<double> distances_, largest_;
   std::vector<int> exponents_;

@@ -247,12 +247,29 @@ struct Sum {
     add_square(Lanes<T>{v.v.lo});
     add_square(Lanes<T>{v.v.hi});
   }
-  double total() const {
-    double v[kLanes];
-    __builtin_memcpy(v, &lanes, sizeof(v));
-    for (int step = kLanes / 2; step > 0; step /= 2)
-      for (int i = 0; i < step; ++i) v[i] += v[i + step];
-    return v[0];
+  double total() const { return total_of(lanes.v); }
+
+ private:
+  template <int n>
+  static FD_INLINE double total_of(const Pack<double, n>& v) {
+    if constexpr (n > 1) {
+      using R = typename Pack<double, 1>::type;
+      return total_of(map<Pack<double, n / 2>>([](R x, R y) { return x + y; }, v.lo, v.hi));
+    } else {
+      double values[kPer<double>];
+      __builtin_memcpy(values, &v.r, sizeof(values));
+      return total_of<kPer<double>>(values);
+    }
+  }
+  template <int n>
+  static FD_INLINE double total_of(const double* v) {
+    if constexpr (n == 1) {
+      return v[0];
+    } else {
+      double halves[n / 2];
+      for (int i = 0; i < n / 2; ++i) halves[i] = v[i] + v[i + n / 2];
+      return total_of<n / 2>(halves);
+    }
   }
 };
 
@@ -345,6 +362,18 @@ FD_INLINE RU round_to_bfloat16(RU u) {
 // any: whether there may be a NaN, which the plain rounding would turn into an infinity.
 template <bool any>
 FD_INLINE void store(bfloat16* p, const Lanes<float, 2>& l, bool stream) {
+#if defined(__AVX512BW__)
+  if constexpr (!any) {  // the same in 32 lanes at once: up where the lower half is at least 0x8001, or 0x8000 of an odd one
+    constexpr __mmask32 odd_lanes = 0xaaaaaaaa;
+    const __m512i even = (__m512i)l.v.lo.r, odd = (__m512i)l.v.hi.r, one = _mm512_set1_epi16(1);
+    const __m512i upper = _mm512_mask_blend_epi16(odd_lanes, _mm512_srli_epi32(even, 16), odd);
+    const __m512i lower = _mm512_mask_blend_epi16(odd_lanes, even, _mm512_slli_epi32(odd, 16));
+    const __m512i half = _mm512_set1_epi16(static_cast<short>(0x8000));
+    constexpr int even_or = 0xae;  // (~upper & 1) | 0x8000
+    const __mmask32 up = _mm512_cmpge_epu16_mask(lower, _mm512_ternarylogic_epi32(upper, one, half, even_or));
+    return write(p, _mm512_mask_add_epi16(upper, up, upper, one), stream);
+  }
+#endif
   using RU = Lanes<float>::RU;
   const auto pairs = map<Pack<uint32_t, l.n / 2>>(
       [](auto even, auto odd) {
