@@ -10,6 +10,7 @@
 #include "cpu/loss.h"
 #include "cpu/parallel.h"
 #include "cpu/pool.h"
+#include "cpu/scale.h"
 #include "cpu/weights.h"
 #include "records.h"
 #if defined(FDISTILL_CUDA)
@@ -152,6 +153,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of fdistill_ops. Called by fdistill_ops.backends alone.";
   m.def("f_weights", &py_f_weights);
   m.def("loss", &py_loss);
+  m.def("scale_rows", [](size_t from, size_t to, int dtype, int64_t batch, int64_t elements, size_t factor, int threads) {
+    const py::gil_scoped_release release;
+    scale_rows(reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to), static_cast<DType>(dtype), batch, elements,
+               reinterpret_cast<const float*>(factor), threads, *current_kernels());
+  });
   m.def("pooled_empty", [](const py::tuple& shape, const py::tuple& strides, int dtype, size_t bytes) {
     return py::reinterpret_steal<py::object>(pooled_empty(shape, strides, dtype, bytes));
   });

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fdistill_ops as fd
 from fdistill_ops import _native
+from fdistill_ops.backends._shared import scaled
 
 pytestmark = pytest.mark.skipif("cpu" not in fd.available_backends(), reason="the compiled module is not built")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -163,6 +165,56 @@ def test_no_pass_over_memory_when_the_incoming_gradient_is_one(shape: tuple[int,
     address = gradient_of(loss)
     loss.backward(retain_graph=True)
     assert x.grad.data_ptr() != address
+
+
+class Passes(TorchDispatchMode):
+    """The operators of PyTorch that return a tensor of so many elements."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.names = elements, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() == self.elements:
+            self.names.append(func.__name__.split(".")[0])
+        return result
+
+
+FACTORS = {
+    "dense": lambda factor: factor,
+    "every other": lambda factor: factor.repeat_interleave(2)[::2],
+    "one for all": lambda factor: factor[:1].expand(len(factor)),
+    "negated": lambda factor: torch._neg_view(factor),
+}
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("layout", ["dense", "channels last", "samples innermost"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 2, 5, 7), (1, 1, 1, 1), (5, 3, 160, 200), (0, 2, 3, 3), (4, 0, 1, 1)])
+@pytest.mark.usefixtures("instruction_set")
+def test_16_bit_gradients_times_a_factor_per_sample(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, factor: str
+) -> None:
+    """What PyTorch's product is, which copies to float32 and back, in one pass; in place unless the graph is kept."""
+    from fdistill_ops.backends import cpu
+
+    gen = torch.Generator().manual_seed(0)
+    gradient = torch.randn(shape, generator=gen).to(dtype)
+    if layout == "channels last":
+        gradient = gradient.to(memory_format=torch.channels_last)
+    elif layout == "samples innermost":
+        gradient = gradient.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
+    upstream = FACTORS[factor](torch.randn(shape[0], generator=gen))
+    expected = scaled(gradient, upstream)
+    with Passes(gradient.numel()) as passes:
+        kept = cpu.scale_gradient(gradient, None, upstream, True)
+        replaced = cpu.scale_gradient(gradient.clone(), None, upstream, False)
+    for got in (kept, replaced):
+        assert torch.equal(got, expected) and got.dtype == dtype and got.stride() == gradient.stride()
+    if gradient.numel() > 1000 and layout != "samples innermost":
+        assert set(passes.names) <= {"empty_like", "fill_", "clone"}
 
 
 def test_large_gradients_reuse_their_memory() -> None:

@@ -268,10 +268,19 @@ void narrow_float16(const float* from, float16* to, int64_t n) {
   for (; i < n; ++i) to[i] = to_float16(from[i]);
 }
 
+template <class T>
+void scale(const T* from, T* to, float factor, int64_t n) {
+  const auto times = Group<T>::V::all(factor);
+  int64_t i = 0;
+  for (; i + kGroup<T> <= n; i += kGroup<T>) store<true>(to + i, load(from + i) * times, false);
+  for (; i < n; ++i) fdistill::store(to_float(from[i]) * factor, to[i]);
+}
+
 #define FD_STRING_OF(name) #name
 #define FD_STRING(name) FD_STRING_OF(name)
 constexpr Kernels kTable = {FD_STRING(FD_ISA), typed<float>(), typed<double>(), typed<bfloat16>(), typed<float16>(),
-                            {widen_bfloat16, narrow_bfloat16}, {widen_float16, narrow_float16}};
+                            {widen_bfloat16, narrow_bfloat16, scale<bfloat16>},
+                            {widen_float16, narrow_float16, scale<float16>}};
 
 }  // namespace
 

@@ -53,6 +53,7 @@ template <class T>
 struct Conversion {
   void (*widen)(const T* from, float* to, int64_t n);
   void (*narrow)(const float* from, T* to, int64_t n);
+  void (*scale)(const T* from, T* to, float factor, int64_t n);
 };
 
 struct Kernels {

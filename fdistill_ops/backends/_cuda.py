@@ -11,7 +11,7 @@ from torch import Tensor
 from .._checks import OptionalTensors
 from ..params import LossParams
 from ._compiled import DTYPES, Compiled, record
-from ._shared import batched, is_dense, plain, scaled
+from ._shared import batched, is_dense, plain, rows_are_dense, scaled
 
 _MAX_DIMS = 9  # of x, beyond which a sample may have more dimensions than the kernels take (kDims in csrc/cuda)
 _FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -99,7 +99,7 @@ class Cuda(Compiled):
             return scaled(gradient, upstream if scale is None else upstream * scale)
         per_sample = upstream.ndim == 1 or scale is not None
         gradient = plain(gradient)
-        in_order = gradient.is_contiguous() or (is_dense(gradient) and (not per_sample or _outermost_first(gradient)))
+        in_order = rows_are_dense(gradient) or (not per_sample and is_dense(gradient))
         if not in_order or upstream.dtype not in _FLOATING:
             return scaled(gradient, upstream if scale is None else upstream * scale)
         batch = gradient.shape[0] if per_sample else 1
@@ -120,8 +120,3 @@ class Cuda(Compiled):
 
     def empty_cache(self) -> None:
         self._memory.clear()
-
-
-def _outermost_first(x: Tensor) -> bool:
-    """Whether a dense tensor holds one sample after the other."""
-    return x.shape[0] <= 1 or x.stride(0) * x.shape[0] == x.numel()

@@ -28,6 +28,13 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
+def rows_are_dense(x: Tensor) -> bool:
+    """Whether the samples lie one after the other, without gaps, each in whatever order."""
+    if x.is_contiguous():
+        return True
+    return is_dense(x) and (x.shape[0] <= 1 or x.stride(0) * x.shape[0] == x.numel())
+
+
 def histogram_buffers(bins: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The histogram as the kernels read it, float32 and dense, and memory for the new one."""
     if bins is None:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from .. import _native
 from ._compiled import DTYPES, Compiled
-from ._shared import batched, is_dense, scaled
+from ._shared import batched, is_dense, plain, rows_are_dense, scaled
 
 name = "cpu"
 
 _C = _native.module()
 _POOLED_BYTES = 1 << 20
+_HALF = (torch.bfloat16, torch.float16)
 _from_dlpack = torch._C._from_dlpack
 
 
@@ -57,6 +58,19 @@ def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, kee
         return gradient * number if keep else gradient.mul_(number)
     if bool((factor == 1.0).all()):
         return gradient.clone() if keep else gradient
+    if gradient.dtype in _HALF and factor.dtype is torch.float32 and rows_are_dense(gradient):
+        return _scaled_rows(gradient, factor, keep)
     if keep:
         return scaled(gradient, factor)
     return gradient.mul_(factor.reshape(factor.shape + (1,) * (gradient.ndim - 1)))
+
+
+def _scaled_rows(gradient: Tensor, factor: Tensor, keep: bool) -> Tensor:
+    """``scaled`` in one pass, where PyTorch's product of a 16-bit tensor and float32 factors makes float32 copies."""
+    gradient, factor = plain(gradient), plain(factor).contiguous()
+    out = torch.empty_like(gradient) if keep else gradient
+    batch = gradient.shape[0]
+    rows = batch, gradient.numel() // batch if batch else 0
+    dtype, threads = DTYPES[gradient.dtype], torch.get_num_threads()
+    _C.scale_rows(gradient.data_ptr(), out.data_ptr(), dtype, *rows, factor.data_ptr(), threads)
+    return out

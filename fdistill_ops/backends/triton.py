@@ -34,7 +34,7 @@ from ..params import NORMALIZERS, PREDICTIONS, REDUCTIONS, LossParams, WeightPar
 from ..predictions import rows_like
 from ._functions import Functions
 from ._layout import Strides, plan
-from ._shared import batched, histogram_buffers, is_dense, plain, scaled
+from ._shared import batched, histogram_buffers, plain, rows_are_dense, scaled
 
 name = "triton"
 
@@ -468,7 +468,7 @@ def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, kee
     gradients were stored without."""
     if gradient.dtype is not torch.float16:
         scale = None
-    if keep or batched(upstream) or upstream.is_neg() or upstream.data_ptr() == 0 or not _rows_are_dense(gradient):
+    if keep or batched(upstream) or upstream.is_neg() or upstream.data_ptr() == 0 or not rows_are_dense(gradient):
         factor = upstream if scale is None else upstream * scale
         product = scaled(gradient, factor)
         return product if keep or batched(factor) else gradient.copy_(product)
@@ -496,10 +496,3 @@ def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, kee
         BLOCK=program.block,
     )
     return gradient
-
-
-def _rows_are_dense(gradient: Tensor) -> bool:
-    """Whether the samples lie one after the other, without gaps."""
-    if gradient.is_contiguous():
-        return True
-    return is_dense(gradient) and (gradient.shape[0] == 1 or gradient.stride(0) * gradient.shape[0] == gradient.numel())
