@@ -35,6 +35,8 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         (loss.sum() * 0.5).backward()
     strided = teacher.transpose(-1, -2).contiguous().transpose(-1, -2)
     fd.distribution_matching_loss(x, strided, fake.float()).backward()
+    fd.distribution_matching_loss(x, teacher.float(), fake).backward()
+    fd.distribution_matching_loss(x, teacher.float(), fake, mask=mask).backward()
     fd.score_identity_loss(x, teacher, fake, mask=mask).backward()
     fd.f_weights(torch.randn(3000, 2, device=DEVICE))
     torch.cuda.synchronize()

@@ -34,7 +34,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     # GCC 12 warns about its own header here.
     ISAS["avx512"] = [*ISAS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-maybe-uninitialized"]
 SOURCES = ["bindings.cpp", "cpu/loss.cpp", "cpu/parallel.cpp", "cpu/pool.cpp", "cpu/scale.cpp", "cpu/weights.cpp"]
-CUDA_KERNELS = ["strided_f64", "strided_f32", "f32", "bf16", "f16", "f64"]  # the slowest to compile first
+CUDA_KERNELS = ["strided_f64", "strided_f32", "mixed", "f32", "bf16", "f16", "f64"]  # the slowest to compile first
 CUDA_SOURCES = [*(f"cuda/loss_{name}.cu" for name in CUDA_KERNELS), "cuda/weights.cu", "cuda/loss.cpp"]
 CUDA_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = "80 90 100"

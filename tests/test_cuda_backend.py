@@ -17,6 +17,11 @@ emulator = _native.emulator()
 pytestmark = pytest.mark.skipif(emulator is None, reason="the emulator is not built (FDISTILL_EMULATOR=1)")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MIXTURES = (  # of x, teacher, fake
+    (torch.float32, torch.bfloat16, torch.float16),
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float16, torch.bfloat16, torch.float32),
+)
 ON_CHIP, SPLIT = (3, 4, 64, 64), (1, 16, 21, 60, 104)  # a sample in shared memory, and one that is too large for it
 NO_CLUSTERS = {"max_cluster": 1, "shared_bytes": 163 << 10}  # sm_80
 
@@ -46,8 +51,22 @@ def batch(shape: tuple[int, ...], dtype: torch.dtype, names: str = "x teacher fa
     return tensors
 
 
+def mixture(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
+    """The same for each of x, teacher and fake a dtype."""
+    tensors = batch(shape, torch.float32)
+    return {
+        name: tensor.detach().to(dtype).requires_grad_(name == "x")
+        for (name, tensor), dtype in zip(tensors.items(), dtypes, strict=True)
+    }
+
+
 def traffic(call: Callable[[], Any]) -> tuple[int, int, int]:
     """Launches, bytes loaded, bytes stored."""
+    return counted(call)[:3]
+
+
+def counted(call: Callable[[], Any]) -> tuple[int, int, int, int]:
+    """The same, and how many loads and stores were of several elements."""
     emulator.take_traffic()
     call()
     return emulator.take_traffic()
@@ -69,10 +88,24 @@ def test_every_operand_is_read_once_on_chip(dtype: torch.dtype) -> None:
     size, B = tensors["x"].nbytes, ON_CHIP[0]
     histogram = fd.RatioHistogram(0.0, 1.0)
     t, logits = torch.rand(B), torch.randn(B)
-    launches, loaded, stored = traffic(lambda: fd.f_distill_loss(**tensors, logits=logits, t=t, histogram=histogram))
+    launches, loaded, stored, vectors = counted(
+        lambda: fd.f_distill_loss(**tensors, logits=logits, t=t, histogram=histogram)
+    )
     assert launches == 1
     assert within(loaded, 3 * size, B)
     assert within(stored, size, B)
+    assert vectors == 4 * size / 16
+
+
+@pytest.mark.parametrize("dtypes", MIXTURES)
+def test_mixtures_of_dtypes_too(dtypes: tuple[torch.dtype, ...]) -> None:
+    """Four elements at a time: 16 bytes, or 8."""
+    tensors = mixture(ON_CHIP, dtypes)
+    launches, loaded, stored, vectors = counted(lambda: fd.distribution_matching_loss(**tensors))
+    assert launches == 1
+    assert within(loaded, sum(tensor.nbytes for tensor in tensors.values()), ON_CHIP[0])
+    assert within(stored, tensors["x"].nbytes, ON_CHIP[0])
+    assert vectors == tensors["x"].numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -250,6 +283,39 @@ def test_elements_have_the_bits_of_the_cpu_back_end(shape: tuple[int, ...], dtyp
     got = fd.score_difference(**tensors, **schedule)
     with fd.use_backend("cpu"):
         assert torch.equal(got, fd.score_difference(**tensors, **schedule))
+
+
+@pytest.mark.parametrize("dtypes", MIXTURES)
+@pytest.mark.parametrize("shape", [(3, 1001), (2, 3, 64, 64), (1, 300000), (3, 2, 50, 3)])
+def test_a_mixture_has_the_bits_of_its_numbers_in_float32(
+    shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Four elements at a time in both, in the same order, so that not even n_b differs."""
+    mixed = mixture(shape, dtypes)
+    wide = {name: tensor.detach().float().requires_grad_(name == "x") for name, tensor in mixed.items()}
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(shape, generator=generator) > 0.3
+    rows = torch.rand(shape[:2] if len(shape) > 2 else shape[:1], generator=generator)
+    x_t = torch.randn(shape, generator=generator).bfloat16()
+    options: tuple[dict[str, Any], ...] = (
+        {},
+        {"mask": mask, "reduction": "sample"},
+        {"teacher_uncond": x_t, "guidance_scale": 2.5, "weight": rows, "nonfinite": "zero"},
+        {"prediction": "flow", "x_t": x_t, "alpha": rows + 0.1, "sigma": 0.4},
+    )
+    calls = [lambda tensors, more=more: [fd.distribution_matching_loss(**tensors, **more)] for more in options]
+    calls.append(lambda tensors: fd.distribution_matching_loss(**tensors, return_stats=True))
+    calls.append(lambda tensors: [fd.score_identity_loss(*(tensors[name] for name in tensors), alpha=1.2)])
+    for call in calls:
+        (got, *stats), (want, *wide_stats) = call(mixed), call(wide)
+        assert torch.equal(got, want)
+        assert not stats or torch.equal(stats[0].vector.nan_to_num(), wide_stats[0].vector.nan_to_num())
+        (got_grad,), (want_grad,) = (
+            torch.autograd.grad(loss.sum(), tensors["x"]) for loss, tensors in ((got, mixed), (want, wide))
+        )
+        want_grad = want_grad.to(dtypes[0])
+        normal = want_grad.abs() >= torch.finfo(dtypes[0]).tiny  # float16 gradients are stored times 2^k
+        assert torch.equal(got_grad[normal], want_grad[normal])
 
 
 def test_memory_grows_with_the_calls() -> None:

@@ -60,7 +60,7 @@ def kernels() -> dict[str, dict[str, str]]:
 
 
 def names(mangled: str, kind: str, element: str, plain: bool) -> bool:
-    """Whether that is the loss kernel of that kind: on_chip or split, Dense or Strided, of these elements."""
+    """Whether that is the loss kernel of that kind: on_chip or split, Dense, Mixed or Strided, of these elements."""
     code = {"float": "f", "double": "d"}.get(element, element.rpartition("::")[2])
     kernel, access = kind.split()
     return kernel in mangled and access in mangled and code in mangled.split(access)[1] and f"Lb{int(plain)}" in mangled
@@ -75,6 +75,7 @@ def test_every_kernel_for_every_architecture() -> None:
         expected = [(scheme, "Dense", element, False) for scheme in ("on_chip", "split") for element in DENSE]
         expected += [(scheme, "Dense", element, True) for scheme in ("on_chip", "split") for element in PLAIN]
         expected += [(scheme, "Strided", element, False) for scheme in ("on_chip", "split") for element in STRIDED]
+        expected += [(scheme, "Mixed", "", plain) for scheme in ("on_chip", "split") for plain in (False, True)]
         assert len(of_arch) == len(SMALL) + len(expected)
         for scheme, access, element, plain in expected:
             matching = [name for name in of_arch if names(name, f"{scheme} {access}", element, plain)]
@@ -96,16 +97,17 @@ def test_no_spills() -> None:
 @pytest.mark.no_poison
 def test_vector_accesses() -> None:
     """128-bit loads and stores in every kernel of dense operands: of each operand, and of two groups at once in the
-    plain ones."""
+    plain ones; where dtypes are mixed also 64-bit ones, for 16-bit elements."""
     for arch, of_arch in kernels().items():
-        dense = [name for name in of_arch if "Dense" in name]
-        text = dump("--dump-sass", "--gpu-architecture", arch, "--function", ",".join(dense))
+        vector = [name for name in of_arch if "Dense" in name or "Mixed" in name]
+        text = dump("--dump-sass", "--gpu-architecture", arch, "--function", ",".join(vector))
         parts = dict(part.split("\n", 1) for part in text.split("Function : ")[1:])
-        assert set(parts) == set(dense)
+        assert set(parts) == set(vector)
         for name, code in parts.items():
-            loads, stores = (len(re.findall(rf"\b{kind}\S*\.128\b", code)) for kind in ("LDG", "STG"))
-            assert loads >= (6 if "Lb1" in name else 5), (arch, name, loads)
-            assert stores >= (2 if "Lb1" in name else 3), (arch, name, stores)
+            for bits in ("128", "64") if "Mixed" in name else ("128",):
+                loads, stores = (len(re.findall(rf"\b{kind}\S*\.{bits}\b", code)) for kind in ("LDG", "STG"))
+                assert loads >= (6 if "Lb1" in name else 5), (arch, name, bits, loads)
+                assert stores >= (2 if "Lb1" in name else 3), (arch, name, bits, stores)
             assert not re.search(r"\b(LDL|STL)\b", code), (arch, name)
 
 

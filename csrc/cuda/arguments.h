@@ -105,7 +105,8 @@ constexpr int kPrologueSamples = 1024;  // logits up to which every block comput
 constexpr int64_t kPrologueLogits = 8192;
 constexpr int kPrologueBins = 256;
 
-// The kernels, one table for each dtype of the elements. f32 and f64 of `strided`: the type computed in.
+// The kernels, one table for each dtype of the elements, one for mixtures of 32 and 16 bits. f32 and f64 of `strided`: the
+// type computed in.
 struct LossKernels {
   Kernel<LossArguments> on_chip, split;  // any call
   Kernel<LossArguments> plain_on_chip,
@@ -115,6 +116,7 @@ const LossKernels& loss_kernels_f32();
 const LossKernels& loss_kernels_f64();
 const LossKernels& loss_kernels_bf16();
 const LossKernels& loss_kernels_f16();
+const LossKernels& loss_kernels_mixed();
 const LossKernels& loss_kernels_strided_f32();
 const LossKernels& loss_kernels_strided_f64();
 

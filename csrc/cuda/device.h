@@ -15,6 +15,9 @@ namespace fdistill::gpu {
 struct alignas(16) Vec16 {
   uint32_t word[4];
 };
+struct alignas(8) Vec8 {
+  uint32_t word[2];
+};
 
 // ------------------------------------------------------------------------------------------------------------ threads
 
@@ -74,10 +77,18 @@ __device__ __forceinline__ Vec16 load(const Vec16* p) {
   const uint4 v = *reinterpret_cast<const uint4*>(p);
   return {v.x, v.y, v.z, v.w};
 }
+__device__ __forceinline__ Vec8 load(const Vec8* p) {
+  const uint2 v = *reinterpret_cast<const uint2*>(p);
+  return {v.x, v.y};
+}
 // What is not read again: it leaves the caches first.
 __device__ __forceinline__ Vec16 load_once(const Vec16* p) {
   const uint4 v = __ldcs(reinterpret_cast<const uint4*>(p));
   return {v.x, v.y, v.z, v.w};
+}
+__device__ __forceinline__ Vec8 load_once(const Vec8* p) {
+  const uint2 v = __ldcs(reinterpret_cast<const uint2*>(p));
+  return {v.x, v.y};
 }
 // What another block has written during this kernel: from the level 2 cache.
 template <class T>
@@ -92,6 +103,9 @@ __device__ __forceinline__ void store(T* p, T value) {
 }
 __device__ __forceinline__ void store_once(Vec16* p, const Vec16& v) {
   __stcs(reinterpret_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
+}
+__device__ __forceinline__ void store_once(Vec8* p, const Vec8& v) {
+  __stcs(reinterpret_cast<uint2*>(p), make_uint2(v.word[0], v.word[1]));
 }
 
 __device__ __forceinline__ unsigned add_atomically(unsigned* p, unsigned value) { return atomicAdd(p, value); }

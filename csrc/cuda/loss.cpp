@@ -209,15 +209,21 @@ class Plan {
     args_.dense_mask = mask() && dense(layout, kMask);
 
     const DType dtype = call_.operands[kX].dtype;
-    const int64_t width = 16 / item_size(dtype);
-    bool same = !args_.rows || args_.row_run % width == 0;
+    bool same = true, vectors = true;
+    for (const int o : kElementwise) {
+      if (!call_.operands[o]) continue;
+      same &= call_.operands[o].dtype == dtype;
+      vectors &= dense(layout, o);
+    }
+    const int64_t width = same ? 16 / item_size(dtype) : 4;
+    vectors &= (same || !call_.wide) && (!args_.rows || args_.row_run % width == 0);
     args_.aligned = true;
     for (const int o : kElementwise) {
       const Tensor& operand = call_.operands[o];
       if (!operand) continue;
-      same = same && operand.dtype == dtype && dense(layout, o);
-      args_.aligned &= reinterpret_cast<uintptr_t>(operand.data) % 16 == 0;
-      args_.aligned &= layout.batch == 1 || layout.batch_stride[o] * item_size(dtype) % 16 == 0;
+      const int64_t item = item_size(operand.dtype), access = width * item;
+      args_.aligned &= reinterpret_cast<uintptr_t>(operand.data) % access == 0;
+      args_.aligned &= layout.batch == 1 || layout.batch_stride[o] * item % access == 0;
     }
     const LossParams& p = call_.params;
     measures_ = p.normalizer == Normalizer::mean_abs || call_.gradient_scale != nullptr ||
@@ -225,7 +231,8 @@ class Plan {
     const bool plain = !call_.operands[kUncond] && !call_.operands[kXt] && !mask() && !args_.rows &&
                        !p.zero_nonfinite && call_.stats == nullptr && !call_.score_identity &&
                        call_.gradient_scale == nullptr;
-    const LossKernels& kernels = !same ? call_.wide ? loss_kernels_strided_f64() : loss_kernels_strided_f32()
+    const LossKernels& kernels = !vectors ? call_.wide ? loss_kernels_strided_f64() : loss_kernels_strided_f32()
+                                 : !same ? loss_kernels_mixed()
                                  : dtype == DType::f32  ? loss_kernels_f32()
                                  : dtype == DType::f64  ? loss_kernels_f64()
                                  : dtype == DType::bf16 ? loss_kernels_bf16()
@@ -236,7 +243,7 @@ class Plan {
     name_ = on_chip_ ? "loss (on chip)" : "loss (split)";
     if (!on_chip_)
       args_.chunk = kSplitChunk, args_.chunks = std::max<int64_t>(1, divide_up(layout.elements, kSplitChunk));
-    const int64_t groups = divide_up(std::min(args_.chunk, layout.elements), same ? width : call_.wide ? 2 : 1);
+    const int64_t groups = divide_up(std::min(args_.chunk, layout.elements), vectors ? width : call_.wide ? 2 : 1);
     threads_ = static_cast<unsigned>(std::clamp<int64_t>(round_up(divide_up(groups, 2), 32), 32, kMaxThreads));
   }
 

@@ -68,6 +68,94 @@ struct Dense {
   static constexpr bool whole_rows = true, scales_late = false;
 };
 
+// Operands of different dtypes of at most 32 bits whose samples are dense, in one order: four elements at a time.
+struct Mixed {
+  using C = float;
+  using Values = Elements<float>;
+  struct Raw {
+    Vec16 bits;  // as they were loaded: two words of 16-bit elements
+    DType dtype;
+  };
+  using Unit = Vec16;
+  static constexpr int n = Values::n;
+  const LossArguments& args;
+  int64_t b;
+
+  template <class T>
+  __device__ __forceinline__ T* pointer(int o, int64_t at) const {
+    return static_cast<T*>(args.data[o]) + b * args.batch_stride[o] + at;
+  }
+
+  __device__ __forceinline__ Raw fetch(int o, int64_t at, int valid, bool once) const {
+    const DType dtype = args.dtype[o];
+    if (!args.aligned || valid < n) {
+      Values values{};
+#pragma unroll
+      for (int i = 0; i < n; ++i)
+        if (i < valid) values.v[i] = static_cast<float>(floating(args.data[o], dtype, b * args.batch_stride[o] + at + i));
+      return {pack<float>(values), DType::f32};
+    }
+    if (dtype == DType::f32) {
+      const auto* p = reinterpret_cast<const Vec16*>(pointer<float>(o, at));
+      return {once ? load_once(p) : load(p), dtype};
+    }
+    const auto* p = reinterpret_cast<const Vec8*>(pointer<uint16_t>(o, at));
+    const Vec8 half = once ? load_once(p) : load(p);
+    return {{{half.word[0], half.word[1], 0, 0}}, dtype};
+  }
+  __device__ __forceinline__ Values values(const Raw& raw) const {
+    if (raw.dtype == DType::f32) return unpack<float>(raw.bits);
+    Values values;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const auto bits = static_cast<uint16_t>(raw.bits.word[i / 2] >> (i % 2 * 16));
+      values.v[i] = raw.dtype == DType::bf16 ? to_float(bfloat16{bits}) : to_float(float16{bits});
+    }
+    return values;
+  }
+
+  __device__ __forceinline__ void announce(int o, int64_t begin, int64_t end) const {
+    const int64_t line = args.dtype[o] == DType::f32 ? 32 : 64;
+    for (int64_t at = begin + thread() * line; at < end; at += threads() * line)
+      prefetch(line == 32 ? static_cast<const void*>(pointer<float>(o, at)) : pointer<uint16_t>(o, at));
+  }
+
+  __device__ __forceinline__ void put(int o, int64_t at, int valid, const Values& values, C float16_scale) const {
+    switch (args.dtype[o]) {
+      case DType::f32: return put_as<float>(o, at, valid, values, 1);
+      case DType::bf16: return put_as<bfloat16>(o, at, valid, values, 1);
+      default: return put_as<float16>(o, at, valid, values, float16_scale);
+    }
+  }
+  static constexpr bool whole_rows = true, scales_late = true;
+
+ private:
+  template <class T>
+  __device__ __forceinline__ void put_as(int o, int64_t at, int valid, Values values, C scale) const {
+    T* const p = pointer<T>(o, at);
+#pragma unroll
+    for (int i = 0; i < n; ++i) values.v[i] *= scale;
+    if (args.aligned && valid == n) {
+      if constexpr (sizeof(T) == 4) {
+        store_once(reinterpret_cast<Vec16*>(p), pack<float>(values));
+      } else {
+        Vec8 half{};
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+          T narrow;
+          fdistill::store(values.v[i], narrow);
+          half.word[i / 2] |= static_cast<uint32_t>(narrow.bits) << (i % 2 * 16);
+        }
+        store_once(reinterpret_cast<Vec8*>(p), half);
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      if (i < valid) store_element(p + i, values.v[i]);
+  }
+};
+
 // Any strides, any mixture of dtypes: element by element. In float64 with the elements of a group together, so that
 // sums have the order, and the bits, of dense operands.
 template <class Computed>

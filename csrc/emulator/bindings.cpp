@@ -21,6 +21,6 @@ PYBIND11_MODULE(_C_emulated, m) {
   m.def("take_traffic", [] {
     const emulator::Traffic t = emulator::traffic();
     emulator::traffic() = {};
-    return py::make_tuple(t.launches, t.loaded, t.stored);
+    return py::make_tuple(t.launches, t.loaded, t.stored, t.vectors);
   });
 }

@@ -19,6 +19,9 @@ namespace fdistill::gpu {
 struct alignas(16) Vec16 {
   uint32_t word[4];
 };
+struct alignas(8) Vec8 {
+  uint32_t word[2];
+};
 
 using Site = std::source_location;
 
@@ -47,13 +50,16 @@ T shuffle_xor(T value, int lanes, Site site = Site::current()) {
 
 // ------------------------------------------------------------------------------------------------------ global memory
 
-void check_global(const void* p, size_t bytes, size_t alignment, bool writes);
+void check_global(const void* p, size_t bytes, size_t alignment, bool writes, bool vector);
+
+template <class T>
+constexpr bool kVector = std::is_same_v<T, Vec16> || std::is_same_v<T, Vec8>;
 
 void prefetch(const void* p);
 
 template <class T>
 T load(const T* p) {
-  check_global(p, sizeof(T), alignof(T), false);
+  check_global(p, sizeof(T), alignof(T), false, kVector<T>);
   return *p;
 }
 template <class T>
@@ -66,10 +72,11 @@ T load_fresh(const T* p) {
 }
 template <class T>
 void store(T* p, std::type_identity_t<T> value) {
-  check_global(p, sizeof(T), alignof(T), true);
+  check_global(p, sizeof(T), alignof(T), true, kVector<T>);
   *p = value;
 }
 inline void store_once(Vec16* p, const Vec16& value) { store(p, value); }
+inline void store_once(Vec8* p, const Vec8& value) { store(p, value); }
 
 template <class T>
 T add_atomically(T* p, std::type_identity_t<T> value) {

@@ -204,11 +204,12 @@ class Machine {
     current->fiber.suspend();
   }
 
-  void check_global(const void* p, size_t bytes, size_t alignment, bool writes) {
+  void check_global(const void* p, size_t bytes, size_t alignment, bool writes, bool vector) {
     const auto begin = reinterpret_cast<uintptr_t>(p);
+    traffic().vectors += vector;
     if (writes)
       traffic().stored += static_cast<int64_t>(bytes);
-    else if (bytes == 16 || first_read(begin))
+    else if (vector || first_read(begin))
       traffic().loaded += static_cast<int64_t>(bytes);
     if (begin % alignment != 0) stop("misaligned access of " + std::to_string(bytes) + " bytes of global memory");
     check_memory(begin, bytes, writes);
@@ -401,8 +402,8 @@ void sync_block(Site site) { machine->sync_block(site); }
 void sync_cluster(Site site) { machine->sync_cluster(site); }
 uint64_t shuffle_bits(uint64_t value, int lanes, const Site& site) { return machine->shuffle(value, lanes, site); }
 
-void check_global(const void* p, size_t bytes, size_t alignment, bool writes) {
-  machine->check_global(p, bytes, alignment, writes);
+void check_global(const void* p, size_t bytes, size_t alignment, bool writes, bool vector) {
+  machine->check_global(p, bytes, alignment, writes, vector);
 }
 
 void prefetch(const void* p) { machine->check_memory(reinterpret_cast<uintptr_t>(p), 1, false); }
