@@ -248,24 +248,12 @@ constexpr TypedKernels<T> typed() {
   return {distance<T, Reads::last>, distance<T, Reads::again>, largest<T>, score_difference<T>, score_identity<T>};
 }
 
-void widen_bfloat16(const bfloat16* from, float* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
-}
-
-void narrow_bfloat16(const float* from, bfloat16* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = to_bfloat16(from[i]);
-}
-
-void widen_float16(const float16* from, float* to, int64_t n) {
+template <class From, class To>
+void convert(const From* from, To* to, int64_t n) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store<true>(to + i, load(from + i), false);
-  for (; i < n; ++i) to[i] = to_float(from[i]);
-}
-
-void narrow_float16(const float* from, float16* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store<true>(to + i, load(from + i), false);
-  for (; i < n; ++i) to[i] = to_float16(from[i]);
+  if constexpr (!std::is_same_v<From, bfloat16> && !std::is_same_v<To, bfloat16>)  // those loops the compiler vectorizes
+    for (; i + kLanes <= n; i += kLanes) store<true>(to + i, load(from + i), false);
+  for (; i < n; ++i) fdistill::store(to_float(from[i]), to[i]);
 }
 
 template <class T>
@@ -276,11 +264,15 @@ void scale(const T* from, T* to, float factor, int64_t n) {
   for (; i < n; ++i) fdistill::store(to_float(from[i]) * factor, to[i]);
 }
 
+template <class T>
+constexpr Conversion<T> conversion() {
+  return {convert<T, float>, convert<float, T>, scale<T>};
+}
+
 #define FD_STRING_OF(name) #name
 #define FD_STRING(name) FD_STRING_OF(name)
 constexpr Kernels kTable = {FD_STRING(FD_ISA), typed<float>(), typed<double>(), typed<bfloat16>(), typed<float16>(),
-                            {widen_bfloat16, narrow_bfloat16, scale<bfloat16>},
-                            {widen_float16, narrow_float16, scale<float16>}};
+                            conversion<bfloat16>(), conversion<float16>()};
 
 }  // namespace
 

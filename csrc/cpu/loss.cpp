@@ -350,7 +350,6 @@ class Loss {
   template <class From, class To>
   void gather(int o, int64_t b, int64_t at, int64_t n, To* to) const {
     const auto* base = static_cast<const From*>(call_.operands[o].data);
-    constexpr bool converts = sizeof(From) == 2 && std::is_same_v<To, float>;
     const auto value = [](From v) {
       if constexpr (std::is_same_v<From, uint8_t>) return v;
       else return static_cast<To>(to_float(v));
@@ -359,7 +358,7 @@ class Loss {
       const From* from = base + offset;
       if (stride != 1) {
         for (int64_t i = 0; i < count; ++i) to[i] = value(from[i * stride]);
-      } else if constexpr (converts) {
+      } else if constexpr (sizeof(From) == 2 && std::is_same_v<To, float>) {
         kernels_.conversion<From>().widen(from, to, count);
       } else {
         for (int64_t i = 0; i < count; ++i) to[i] = value(from[i]);
@@ -402,21 +401,16 @@ class Loss {
   template <class To>
   void scatter(int o, int64_t b, int64_t at, int64_t n, const T* from) const {
     auto* base = static_cast<To*>(call_.operands[o].data);
-    constexpr bool converts = sizeof(To) == 2 && std::is_same_v<T, float>;
     layout_.for_each_run(o, b, at, n, [&](int64_t offset, int64_t stride, int64_t count) {
-      To* to = base + offset;
-      const auto one_by_one = [&] {
-        for (int64_t i = 0; i < count; ++i) {
-          if constexpr (std::is_same_v<To, double>) to[i * stride] = from[i];
-          else store(from[i], to[i * stride]);
-        }
-      };
-      if constexpr (converts) {
-        stride == 1 ? kernels_.conversion<To>().narrow(from, to, count) : one_by_one();
-      } else {
-        one_by_one();
-      }
+      To* const to = base + offset;
+      const T* const row = from;
       from += count;
+      if constexpr (sizeof(To) == 2 && std::is_same_v<T, float>)
+        if (stride == 1) return kernels_.conversion<To>().narrow(row, to, count);
+      for (int64_t i = 0; i < count; ++i) {
+        if constexpr (std::is_same_v<To, double>) to[i * stride] = row[i];
+        else store(row[i], to[i * stride]);
+      }
     });
   }
 

@@ -104,14 +104,11 @@ struct Mixed {
     return {{{half.word[0], half.word[1], 0, 0}}, dtype};
   }
   __device__ __forceinline__ Values values(const Raw& raw) const {
-    if (raw.dtype == DType::f32) return unpack<float>(raw.bits);
-    Values values;
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      const auto bits = static_cast<uint16_t>(raw.bits.word[i / 2] >> (i % 2 * 16));
-      values.v[i] = raw.dtype == DType::bf16 ? to_float(bfloat16{bits}) : to_float(float16{bits});
+    switch (raw.dtype) {
+      case DType::f32: return unpack<float>(raw.bits);
+      case DType::bf16: return first_of(unpack<bfloat16>(raw.bits));
+      default: return first_of(unpack<float16>(raw.bits));
     }
-    return values;
   }
 
   __device__ __forceinline__ void announce(int o, int64_t begin, int64_t end) const {
@@ -131,28 +128,26 @@ struct Mixed {
 
  private:
   template <class T>
-  __device__ __forceinline__ void put_as(int o, int64_t at, int valid, Values values, C scale) const {
+  __device__ __forceinline__ static Values first_of(const Elements<T>& more) {
+    Values values;
+#pragma unroll
+    for (int i = 0; i < n; ++i) values.v[i] = more.v[i];
+    return values;
+  }
+  template <class T>
+  __device__ __forceinline__ void put_as(int o, int64_t at, int valid, const Values& values, C scale) const {
     T* const p = pointer<T>(o, at);
+    Elements<T> scaled{};
 #pragma unroll
-    for (int i = 0; i < n; ++i) values.v[i] *= scale;
+    for (int i = 0; i < n; ++i) scaled.v[i] = values.v[i] * scale;
     if (args.aligned && valid == n) {
-      if constexpr (sizeof(T) == 4) {
-        store_once(reinterpret_cast<Vec16*>(p), pack<float>(values));
-      } else {
-        Vec8 half{};
-#pragma unroll
-        for (int i = 0; i < n; ++i) {
-          T narrow;
-          fdistill::store(values.v[i], narrow);
-          half.word[i / 2] |= static_cast<uint32_t>(narrow.bits) << (i % 2 * 16);
-        }
-        store_once(reinterpret_cast<Vec8*>(p), half);
-      }
-      return;
+      const Vec16 bits = pack<T>(scaled);
+      if constexpr (sizeof(T) == 4) return store_once(reinterpret_cast<Vec16*>(p), bits);
+      return store_once(reinterpret_cast<Vec8*>(p), Vec8{{bits.word[0], bits.word[1]}});
     }
 #pragma unroll
     for (int i = 0; i < n; ++i)
-      if (i < valid) store_element(p + i, values.v[i]);
+      if (i < valid) store_element(p + i, scaled.v[i]);
   }
 };
 

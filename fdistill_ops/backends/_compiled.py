@@ -33,11 +33,8 @@ def record(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...], Tensor] | 
     """(address, dtype, strides), and the tensor itself, which keeps the memory alive."""
     if tensor is None:
         return None
-    address = tensor.data_ptr()
-    if address == 0 or tensor.is_neg():
-        tensor = plain(tensor)
-        address = tensor.data_ptr()
-    return address, DTYPES[tensor.dtype], tensor.stride(), tensor
+    tensor = plain(tensor)
+    return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.stride(), tensor
 
 
 class Compiled(Functions):

@@ -14,7 +14,7 @@ def plain(tensor: Tensor) -> Tensor:
     differentiation makes them."""
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
-    return tensor.clone() if tensor.numel() > 0 and tensor.data_ptr() == 0 else tensor
+    return tensor.clone() if tensor.data_ptr() == 0 and tensor.numel() > 0 else tensor
 
 
 def is_dense(x: Tensor) -> bool:
