@@ -9,24 +9,43 @@ TORCH = torch==2.13.0
 DEMO = runs/demo
 DEMO_ARGS =
 PYTEST_ARGS =
+# Processes that share the tests: as many as there are cores, up to eight.
+JOBS = auto
+# Of fuzz: for how long, or how many calls of each back end; the same seed gives the same calls.
+SECONDS = 60
+CALLS =
+SEED = 0
+BACKENDS = cpu reference
+SANITIZERS = asan tsan
+SANITIZE_ARGS =
+# Of pins: arguments of nox, such as -s "tests(numpy-1)"; FULL=1 takes PyTorch's builds of several gigabytes too.
+NOX_ARGS =
+FULL =
 # Of gpu-check, which installs nothing: it uses $(PYTHON) as it is.
 OUT = runs/gpu-check
 
 python = $(VENV)/bin/python
+pytest = $(python) -m pytest -q --durations=10 -n $(JOBS) --maxprocesses 8
 kernels = $(wildcard csrc/*.* csrc/*/*.* csrc/include/*/*.h)
 
-.PHONY: help install demo test gpu-check lint clean distclean
+.PHONY: help install demo test test-all sanitize fuzz pins gpu-check lint clean distclean
 
 help:
 	@echo "make demo       trains the digits teacher and two one-step students; pictures and table go to $(DEMO)"
-	@echo "make test       runs the tests"
+	@echo "make test       runs what a change usually breaks, on every back end: three minutes on two cores, once it is built"
+	@echo "make test-all   runs every test"
+	@echo "make sanitize   runs the numeric tests and a thousand random calls of each back end, compiled with each of the"
+	@echo "                SANITIZERS=\"$(SANITIZERS)\": AddressSanitizer with UndefinedBehaviorSanitizer, ThreadSanitizer"
+	@echo "make fuzz       draws calls of the public functions, right and wrong ones, for SECONDS=$(SECONDS) or CALLS= of each of the"
+	@echo "                back ends BACKENDS=\"$(BACKENDS)\"; a script for each finding goes to runs/fuzz"
+	@echo "make pins       runs the tests under other versions of Python, PyTorch and NumPy, and with clang (NOX_ARGS= FULL=)"
 	@echo "make gpu-check  with a GPU, nvcc and a PYTHON that has torch and triton: builds in place and runs all that needs a GPU,"
 	@echo "                in under nine minutes; logs, JSON and plots go to OUT=$(OUT)"
 	@echo "make lint       ruff and mypy"
 	@echo "make install    the environment $(VENV) with the package, built and editable"
-	@echo "make clean      removes what was built; distclean also $(VENV); neither removes runs/"
+	@echo "make clean      removes what was built; distclean also $(VENV), .nox; neither removes runs/"
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) DEMO=$(DEMO) DEMO_ARGS= PYTEST_ARGS="
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) DEMO=$(DEMO) DEMO_ARGS= PYTEST_ARGS= JOBS=$(JOBS) SEED=$(SEED)"
 
 install: $(VENV)/.installed
 
@@ -37,7 +56,20 @@ demo: $(VENV)/.installed
 	@echo "Table:    $(DEMO)/report.md"
 
 test: $(VENV)/.installed-for-tests
-	$(python) -m pytest -q --durations=10 $(PYTEST_ARGS)
+	$(pytest) --quick $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-for-tests
+	$(pytest) $(PYTEST_ARGS)
+
+sanitize: $(VENV)/.installed-for-tests
+	$(python) tests/sanitize $(SANITIZERS) $(SANITIZE_ARGS)
+
+fuzz: $(VENV)/.installed-for-tests
+	$(python) -m tests.fuzz --backends "$(BACKENDS)" --seed $(SEED) \
+	  $(if $(CALLS),--calls $(CALLS),--seconds $(SECONDS))
+
+pins: $(VENV)/.pins
+	FDISTILL_FULL=$(FULL) $(python) -m nox $(NOX_ARGS)
 
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(OUT)
@@ -70,6 +102,10 @@ $(VENV)/.lint: $(VENV)/.installed
 	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['lint'])")
 	@touch $@
 
+$(VENV)/.pins: $(VENV)/.environment
+	$(python) -m pip install nox
+	@touch $@
+
 clean:
 	rm -rf build dist *.egg-info fdistill_ops/_build.json fdistill_ops/_C*.so
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
@@ -77,4 +113,4 @@ clean:
 	rm -f $(VENV)/.installed $(VENV)/.installed-for-tests $(VENV)/.lint
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) .nox

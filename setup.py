@@ -6,8 +6,10 @@ Without a C++ compiler the package installs all the same; fdistill_ops.build_inf
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -45,4 +47,27 @@ class BuildKernels(build_ext):
         return Path(self.build_lib) / self.get_ext_filename(ext.name)
 
 
-setup(ext_modules=[Extension(f"fdistill_ops.{name}", []) for name in MODULES], cmdclass={"build_ext": BuildKernels})
+def long_description() -> str:
+    """The README for package indices, where relative links lead nowhere: pictures by their raw files, pages by the
+    repository's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    repository = project["urls"]["Repository"]
+
+    def absolute(link: re.Match[str]) -> str:
+        picture, text, path = link.groups()
+        if re.match(r"[a-z]+:|#", path):
+            return link[0]
+        return f"{picture}[{text}]({repository}/{'raw' if picture else 'blob'}/main/{path})"
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    parts = re.split(r"(```.*?```)", text, flags=re.DOTALL)  # code stays as it is
+    parts[::2] = [re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", absolute, part) for part in parts[::2]]
+    return "".join(parts)
+
+
+setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    ext_modules=[Extension(f"fdistill_ops.{name}", []) for name in MODULES],
+    cmdclass={"build_ext": BuildKernels},
+)

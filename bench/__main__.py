@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from errno import EISDIR
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,25 +19,27 @@ import torch
 
 import fdistill_ops as fd
 from fdistill_ops._arguments import device_name, integer, number
-from fdistill_ops.trainer.files import say
+from fdistill_ops.trainer.files import say, write_text
+from fdistill_ops.trainer.interruption import Interrupted
 
 from . import compare, plots, table
 from .cases import MODES, SHAPES, Case, batch_sweep, shape_of, size_sweep
-from .measure import Plan, interruptible, measure, serving
+from .figures import LEAST_ROUNDS
+from .measure import Plan, go_on_unless_interrupted, interruptible, measure, serving
 from .ops import MATCHING, OF_LOGITS, OPS, WEIGHTED
 from .overhead import measure_overhead
 from .progress import Progress
 from .record import Record, memory_bytes, new_record
 
-_QUICK = Plan(rounds=5, seconds=0.003, reference=False)
-_QUICK_SECONDS = 22.0  # of measuring; --quick begins nothing that would take longer
+_QUICK = Plan(rounds=9, seconds=0.002, reference=False, patience=6.0)
+_QUICK_SECONDS = 15.0  # of measuring beside the case with torch.compile; --quick begins nothing that would take longer
 _LARGEST = 1 / 48  # of the free memory: a tensor of a sweep, of which a case needs some forty at once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0; 1 where a result was wrong, a case could not be measured or --compare found something slower; 2
-    for wrong arguments (raised by argparse) and where nothing was measured; 130 for an interruption, after what is
-    finished has been shown and written."""
+    for wrong arguments (raised by argparse) and where nothing was measured; 130 for Ctrl-C and 143 for SIGTERM, after
+    what is finished has been shown and written, marked as partial."""
     command = list(sys.argv[1:] if argv is None else argv)
     arguments = parse(command)
     old = None
@@ -48,86 +52,87 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
     record = new_record(arguments.device, command)
     status = measure_all(arguments, record)
-    if not record.results and not record.overhead:
-        if status == 0:
-            say("fdistill-bench: error: none of the contenders serves any of the cases")
-        return status or 2
-    print(table.tables(record, colour=sys.stdout.isatty()))
-    print("\n" + table.LEGEND)
+    if not record.results and not record.overhead and not record.partial:
+        say("fdistill-bench: error: none of the contenders serves any of the cases")
+        return 2
+    if record.results or record.overhead:
+        print(table.tables(record, colour=sys.stdout.isatty()), table.LEGEND, sep="\n\n")
     try:
         if arguments.json is not None:
             record.write(arguments.json)
+        if arguments.csv is not None:
+            write_text(arguments.csv, table.to_csv(record))
         if arguments.plot is not None:
             for path in plots.plot(record, arguments.plot):
                 say(f"wrote {path}")
     except OSError as error:
         say(f"fdistill-bench: error: {error}")
-        return 1
+        return status or 1
     if any(result.fails for result in record.results):
         say("fdistill-bench: error: wrong results or errors: what has no times above")
         status = status or 1
     if old is not None:
         try:
             changes = compare.compare(old, record)
-            if status == 0:
-                changes = _measured_again(arguments, command, changes, old)
         except ValueError as error:
             say(f"fdistill-bench: error: --compare: {error}")
             return status or 2
+        if status == 0:
+            status, changes = _measured_again(arguments, command, changes, old)
         print("\n" + compare.report(changes, old, record))
-        if any(change.slower for change in changes):
+        if any(change.verdict in ("slower", "broken") for change in changes):
             status = status or 1
     return status
 
 
 def _measured_again(
     arguments: argparse.Namespace, command: list[str], changes: list[compare.Change], old: Record
-) -> list[compare.Change]:
-    """With a second measurement in the place of what seemed slower: of many results some are by chance."""
-    suspects = [change.result.case for change in changes if change.slower and change.broken is None]
+) -> tuple[int, list[compare.Change]]:
+    """The status of a second measurement of what seems slower or faster, and the changes that it says too: of many
+    results some are by chance."""
+    suspects = [change for change in changes if change.verdict in ("slower", "faster")]
     if not suspects:
-        return changes
-    say("fdistill-bench: what seems slower is measured again")
+        return 0, changes
+    say("fdistill-bench: what seems slower or faster is measured again")
     again = new_record(arguments.device, command)
-    options = {"cases": list(dict.fromkeys(suspects)), "overhead": False, "quick": False}
-    if measure_all(argparse.Namespace(**(vars(arguments) | options)), again) != 0:
-        return changes
-    second = {(c.result.case, c.result.contender): c for c in compare.compare(old, again)}
-    return [second.get((c.result.case, c.result.contender), c) if c.slower else c for c in changes]
+    cases = list(dict.fromkeys(change.result.case for change in suspects))
+    plan = replace(arguments.plan, compile=False, costs=False)
+    options = {"cases": cases, "overhead": False, "quick": False, "plan": plan}
+    status = measure_all(argparse.Namespace(**(vars(arguments) | options)), again)
+    return status, compare.confirmed(changes, old, again)
 
 
 def measure_all(arguments: argparse.Namespace, record: Record) -> int:
-    """Adds to the record what the options ask for and it does not have. The exit status: 0, or 130 where it was
-    interrupted."""
+    """Adds to the record what the options ask for and it does not have. The exit status: 0, or 130 or 143 where it was
+    interrupted; the record is then partial."""
     known = {result.case for result in record.results}
     cases: list[Case] = [case for case in arguments.cases if case not in known]
     plan: Plan = arguments.plan
-    started, longest = time.monotonic(), 0.0
+    spent, longest = 0.0, 0.0
     try:
         with interruptible(), Progress(len(cases) + arguments.overhead) as progress:
             if arguments.overhead:
                 progress.step("host overhead")
                 record.overhead += measure_overhead(arguments.device, plan.rounds)
+                go_on_unless_interrupted()
             for case in cases:
-                progress.step(f"{case.op} {case.mode} {case.label} {case.dtype}")
-                begun = time.monotonic()
                 if arguments.quick:
-                    elapsed = begun - started
-                    if elapsed + longest > _QUICK_SECONDS:
+                    # Compiling takes as long as everything else: once, first, and beside the time for that.
+                    plan = replace(plan, compile=arguments.compile and case in arguments.compiled)
+                    if spent + longest > _QUICK_SECONDS:
                         say("fdistill-bench: --quick: out of time, the rest is left out")
                         break
-                    # Compiling takes as long as everything else: once, and not where the machine has been slow so far.
-                    compiles = arguments.compile and case in arguments.compiled
-                    if compiles and elapsed > _QUICK_SECONDS / 4:
-                        say("fdistill-bench: --quick: a slow machine, torch.compile is left out")
-                        compiles = False
-                    plan = replace(plan, compile=compiles)
+                progress.step(f"{case.op} {case.mode} {case.label} {case.dtype}")
+                begun = time.monotonic()
                 record.results += measure(case, plan)
+                go_on_unless_interrupted()
                 if not plan.compile:
+                    spent += time.monotonic() - begun
                     longest = max(longest, time.monotonic() - begun)
-    except KeyboardInterrupt:
-        say("\nfdistill-bench: interrupted; this is what was finished")
-        return 130
+    except Interrupted as interruption:
+        say(f"\nfdistill-bench: {interruption.name}: this is what was finished")
+        record.partial = True
+        return interruption.status
     return 0
 
 
@@ -147,12 +152,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         f"Shapes by name: {', '.join(f'{name} {list(shape)}' for name, shape in SHAPES.items())}.",
     )
     add, some = parser.add_argument, partial(parser.add_argument, action=_More)
-    some("--op", type=_list(_op), default=tuple(OPS), help=f"(default: all: {','.join(OPS)})")
-    add("--shape", type=_shape, action="append", help="a name or sizes B,C,H,W (default: all names)")
+    some("--op", type=_list(_choice(tuple(OPS))), default=tuple(OPS), help=f"(default: all: {','.join(OPS)})")
+    add("--shape", type=_worded(shape_of), action="append", help="a name or sizes B,C,H,W (default: all names)")
     some("--mode", type=_list(_choice(MODES)), default=MODES, help=f"(default: {','.join(MODES)})")
     dtypes = ("float32", "bfloat16", "float16", "float64")
     some("--dtype", type=_list(_choice(dtypes)), default=("float32",), help=f"of {','.join(dtypes)} (default: float32)")
-    add("--divergence", type=_divergence, default="js", help="(default: %(default)s)")
+    add(
+        "--divergence",
+        type=_worded(lambda text: fd.get_divergence(text) and text),
+        default="js",
+        help="(default: %(default)s)",
+    )
     add("--guidance", type=number(), help="guidance scale of the teacher (default: no guidance)")
     add("--mask", action="store_true", help="with a mask")
     histogram = argparse.BooleanOptionalAction
@@ -166,10 +176,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--sweep", choices=("size", "batch"), help="1 KiB to what memory allows, or batches of sd15, instead of shapes")
     add("--rounds", type=integer(1, 10000), help=f"(default: {Plan.rounds})")
     add("--overhead", action=argparse.BooleanOptionalAction, help="host overhead (default: where all ops are timed)")
-    add("--quick", action="store_true", help="under 30 seconds: few shapes, compile once, no reference")
-    add("--json", type=_writable, help="write the record to this file")
-    add("--plot", type=_folder, help="draw the record into this folder, as PNG")
-    what = "results, not host overheads, got slower since; exit status 1 if any did"
+    add("--quick", action="store_true", help="some 30 seconds: few shapes, torch.compile on one, no reference")
+    add("--json", type=_output, help="write the record to this file")
+    add("--csv", type=_output, help="write a row for every figure to this file")
+    add("--plot", type=partial(_output, folder=True), help="draw the record into this folder, as PNG")
+    what = "results, not host overheads, got slower or faster since; exit status 1 if any got slower"
     add("--compare", type=Path, help=f"a record written by --json: which {what}")
     arguments = parser.parse_args(argv)
 
@@ -197,8 +208,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not arguments.cases:
         wanted = f"--op {','.join(arguments.op)} with --mode {','.join(arguments.mode)}"
         parser.error(f"nothing to measure: there is no {wanted}" + (" in such a --sweep" if arguments.sweep else ""))
-    if arguments.compare is not None and arguments.plan.rounds < compare.LEAST_ROUNDS:
-        parser.error(f"argument --compare: needs at least {compare.LEAST_ROUNDS} rounds")
+    if arguments.compare is not None and arguments.plan.rounds < LEAST_ROUNDS:
+        parser.error(f"argument --compare: needs at least {LEAST_ROUNDS} rounds")
     return arguments
 
 
@@ -235,9 +246,9 @@ def _options(op: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _quick_cases(arguments: argparse.Namespace) -> list[Case]:
     """f_distill on three shapes, every second size up to 64 MiB, then the other operations on one shape; of each
-    operation the last mode alone. torch.compile is for the third shape (see measure_all)."""
+    operation the last mode alone. torch.compile is for the first (see measure_all)."""
     every = arguments.op == tuple(OPS)
-    shapes = arguments.shape or [shape_of(name) for name in ("sd15", "wan-video", "cifar10")]
+    shapes = arguments.shape or [shape_of(name) for name in ("cifar10", "sd15", "wan-video")]
 
     def cases(**changes: Any) -> list[Case]:
         found = _cases(argparse.Namespace(**(vars(arguments) | changes)))
@@ -245,11 +256,11 @@ def _quick_cases(arguments: argparse.Namespace) -> list[Case]:
         return [case for case in found if case.mode == last[case.op]]
 
     found = cases(op=("f_distill",) if every else arguments.op, shape=shapes)
-    arguments.compiled = found[len(shapes) - 1 : len(shapes)]
+    arguments.compiled = found[:1]
     sweep = [case for case in cases(sweep="size") if case.tensor_bytes <= 64 << 20]
     sizes = sorted({case.tensor_bytes for case in sweep})[::2]
     found += [case for case in sweep if case.tensor_bytes in sizes]
-    return found + (cases(op=tuple(op for op in OPS if op != "f_distill"), shape=shapes[-1:]) if every else [])
+    return found + (cases(op=tuple(op for op in OPS if op != "f_distill"), shape=shapes[:1]) if every else [])
 
 
 def _list(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -278,50 +289,32 @@ def _choice(known: Sequence[str]) -> Callable[[str], str]:
     return parse
 
 
-_op = _choice(tuple(OPS))
+def _worded(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argument's type, whose ValueError says what is wrong."""
+
+    def parse(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
 
 
-def _divergence(text: str) -> str:
-    try:
-        fd.get_divergence(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def _shape(text: str) -> tuple[str, tuple[int, ...]]:
-    try:
-        return shape_of(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _writable(text: str) -> Path:
+def _output(text: str, folder: bool = False) -> Path:
+    """A file, or a folder, which may not be there yet. Tried before anything is measured."""
     path = Path(text)
-    if not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.absolute().parent}")
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder")
-    _try_to_write(path.absolute().parent)
-    return path
-
-
-def _folder(text: str) -> Path:
-    path = Path(text)
-    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{there} is no folder")
-    _try_to_write(there)
-    return path
-
-
-def _try_to_write(folder: Path) -> None:
-    """Before anything is measured."""
+    there = path.absolute() if folder else path.absolute().parent
+    while folder and not there.exists():
+        there = there.parent
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
+        if path.is_dir() and not folder:
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"nothing can be written into {folder}: {error.strerror}") from None
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from None
+    return path
 
 
 if __name__ == "__main__":

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from fdistill_ops.trainer.files import say, write_text
 
 from . import plots, table
 from .__main__ import measure_all, parse
-from .cases import MODES, size_name
+from .cases import MODES, SHAPES
 from .clock import Spread
+from .figures import Figure, figures
 from .record import Record, Result, new_record
 
 PAGES = ("README.md", "docs/performance.md")
@@ -78,132 +79,163 @@ def render(page: str, record: Record) -> str:
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
-_COLUMNS = ["shape", "ours", "eager", "torch.compile", "copy", "eager/ours", "compile/ours", "of copy"]
+Told = dict[str, dict[str, Figure]]
+"""The figures of a case, by contender and name."""
+LIMIT = 1.15
+"""What a step may take, in copies of as many bytes; host overhead comes on top of it below LARGE bytes a tensor."""
+LARGE = 64 << 20
+RIVALS = {"eager/it": "eager/ours", "compile/it": "compile/ours", "of copy": "of copy"}
 
 
-def _named(record: Record, dtype: str, warm: bool, one_thread: bool = False) -> list[list[Result]]:
-    """f_distill on the named shapes."""
+def _groups(
+    record: Record, dtype: str = "float32", warm: bool = False, one_thread: bool = False, least: int | None = None
+) -> list[list[Result]]:
+    """f_distill on the named shapes, or over the size of a tensor, from ``least`` bytes on."""
     return [
         group
         for group in record.groups()
         if (case := group[0].case).op == "f_distill"
-        and (case.dtype, case.mode, case.warm) == (dtype, MODES[1], warm)
-        and (case.threads == 1) == one_thread
-        and not plots.is_sweep(case)
-        and case.name
+        and (case.dtype, case.mode, case.warm, case.threads == 1) == (dtype, MODES[1], warm, one_thread)
+        and (case.name in SHAPES if least is None else plots.of_size(case) and case.tensor_bytes >= least)
     ]
 
 
-def _sizes(record: Record, least: int = 0, dtype: str = "float32", one_thread: bool = False) -> list[list[Result]]:
-    """f_distill over the size of a tensor, from that many bytes on."""
-    return [
-        group
-        for group in record.groups()
-        if (case := group[0].case).op == "f_distill"
-        and case.dtype == dtype
-        and (case.threads == 1) == one_thread
-        and plots.of_size(case)
-        and case.tensor_bytes >= least
-    ]
+def _ours(group: list[Result]) -> tuple[Result, Told]:
+    """Our result of a case, and the figures of everybody's."""
+    others = {result.contender: result for result in group}
+    ours = next(result for result in group if result.kind == "fused")
+    return ours, {name: figures(result, others) for name, result in others.items()}
 
 
 def _wide(groups: list[list[Result]]) -> str:
     """A line for each shape: milliseconds and ratios."""
     body = []
     for group in groups:
-        others = {result.contender: result for result in group}
-        ours = next(result for result in group if result.kind == "fused")
-        sides = [ours, *(others.get(name) for name in ("eager", "compile", "copy"))]
-        times = ["-" if side is None or not side.rounds else table.COLUMNS["ms"](side, others) for side in sides]
-        ratios = [table.COLUMNS[column](ours, others) for column in ("eager/it", "compile/it", "of copy")]
-        body.append([group[0].case.label, *times, *ratios])
-    if not body:
-        return "Not measured."
-    kept = [i for i in range(len(_COLUMNS)) if any(row[i] != "-" for row in body)]
-    return table.markdown_table([_COLUMNS[i] for i in kept], [[row[i] for i in kept] for row in body])
+        ours, told = _ours(group)
+        times = [table.cell(told.get(name, {}), "ms") for name in (ours.contender, "eager", "compile", "copy")]
+        parts = [table.cell(told[ours.contender], column) for column in ("forward ms", "backward ms", *RIVALS)]
+        body.append([group[0].case.label, times[0], *parts[:2], *times[1:], *parts[2:]])
+    header = ["shape", "ours", "forward", "backward", "eager", "torch.compile", "copy", *RIVALS.values()]
+    return table.markdown_table(header, body) if body else "Not measured."
 
 
-LIMIT = 1.15
-"""What a step may take, in copies of as many bytes; host overhead comes on top of it below LARGE bytes a tensor."""
-LARGE = 64 << 20
-
-
-def _over_budget(group: list[Result], record: Record) -> str:
-    """The median, over the rounds, of our time over what it may be."""
-    case = group[0].case
-    ours = next(result for result in group if result.kind == "fused")
-    copy = next((result for result in group if result.kind == "copy"), None)
-    host = next((o for o in record.overhead if (o.op, o.contender) == (case.op, ours.contender)), None)
+def _over_budget(group: list[Result], record: Record) -> Figure | None:
+    """Our time over what it may be, round by round."""
+    ours, copy = _ours(group)[0], next((result for result in group if result.kind == "copy"), None)
+    host = next((o for o in record.overhead if (o.op, o.contender) == (ours.case.op, ours.contender)), None)
     if copy is None or host is None or not ours.rounds:
-        return "-"
-    overhead = 0.0 if case.tensor_bytes >= LARGE else sum(filter(None, host.microseconds())) * 1e-6
-    parts = zip(ours.rounds, copy.rounds, strict=False)
-    return f"{Spread.of([time / (overhead + LIMIT * limit) for time, limit in parts]).median:.2f}"
+        return None
+    overhead = 0.0 if ours.case.tensor_bytes >= LARGE else Spread.of(host.both()).median
+    return Figure.ratio("budget", ours.rounds, [overhead + LIMIT * seconds for seconds in copy.rounds], ours.load)
+
+
+BUDGETS = {
+    f"{dtype}, {'one thread' if one_thread else 'all cores'}": (dtype, one_thread)
+    for one_thread in (False, True)
+    for dtype in ("float32", "bfloat16")
+}
+
+
+def _budgets(record: Record) -> dict[str, dict[str, Figure]]:
+    """By shape and column: each named shape, and each size of the sweep from LARGE on."""
+    found: dict[str, dict[str, Figure]] = {}
+    for column, (dtype, one_thread) in BUDGETS.items():
+        for group in [g for least in (None, LARGE) for g in _groups(record, dtype, False, one_thread, least)]:
+            told = _over_budget(group, record)
+            found.setdefault(group[0].case.label, {}).update({} if told is None else {column: told})
+    return found
 
 
 def _budget(record: Record) -> str:
-    """A line for each named shape, and for each size of the sweep from LARGE on."""
-    columns = [("float32", False), ("bfloat16", False), ("float32", True), ("bfloat16", True)]
-    body: dict[str, dict[int, str]] = {}
-    for i, (dtype, one_thread) in enumerate(columns):
-        for group in _named(record, dtype, False, one_thread) + _sizes(record, LARGE, dtype, one_thread):
-            body.setdefault(group[0].case.label, {})[i] = _over_budget(group, record)
-    header = [f"{dtype}, {'one thread' if one else 'all cores'}" for dtype, one in columns]
-    rows = [[label, *(cells.get(i, "-") for i in range(len(columns)))] for label, cells in body.items()]
-    return table.markdown_table(["shape", *header], rows)
+    rows = [
+        [label, *(f"{of[c].value:.2f}{of[c].mark}" if c in of else "-" for c in BUDGETS)]
+        for label, of in _budgets(record).items()
+    ]
+    return table.markdown_table(["shape", *BUDGETS], rows)
 
 
 def _operations(record: Record) -> str:
     """Every operation that has kernels, on one shape."""
-    body: list[list[str]] = []
+    body: dict[tuple[str, str], list[str]] = {}
+    columns = {"ms": "ms", "forward ms": "forward", "backward ms": "backward", **RIVALS, "memory": "memory"}
     for group in record.groups():
         case = group[0].case
-        ours = next((result for result in group if result.kind == "fused"), None)
-        if case.name != "sdxl" or case.dtype != "float32" or case.warm or case.threads == 1 or ours is None:
+        if case.name != "sdxl" or case.dtype != "float32" or case.warm or case.threads == 1:
             continue
-        others = {result.contender: result for result in group}
-        cells = [
-            table.COLUMNS[column](ours, others) for column in ("ms", "eager/it", "compile/it", "of copy", "memory")
-        ]
-        row = [case.op, case.mode, *cells]
-        if row[:2] not in [line[:2] for line in body]:
-            body.append(row)
-    return table.markdown_table(["operation", "", "ms", "eager/ours", "compile/ours", "of copy", "memory"], body)
+        if (case.op, case.mode) not in body and any(result.kind == "fused" for result in group):
+            ours, told = _ours(group)
+            body[case.op, case.mode] = [table.cell(told[ours.contender], column) for column in columns]
+    return table.markdown_table(["operation", "", *columns.values()], [[*key, *row] for key, row in body.items()])
 
 
-def _first_calls(record: Record) -> str:
+def _first(record: Record) -> list[list[str]]:
     """Seconds until the first result, by contender: the range over the named shapes."""
-    body = []
-    for name in ("cpu", "eager", "compile"):
-        groups = _named(record, "float32", False) + _named(record, "bfloat16", False)
-        times = [r.first_call for group in groups for r in group if r.contender == name and r.first_call is not None]
-        if times:
-            body.append([name, f"{min(times):.2g} s", f"{max(times):.2g} s"])
-    return table.markdown_table(["", "least", "most"], body)
+    groups = _groups(record) + _groups(record, "bfloat16")
+    times = {
+        name: [r.first_call for group in groups for r in group if r.contender == name and r.first_call is not None]
+        for name in ("cpu", "eager", "compile")
+    }
+    return [[name, f"{min(found):.2g} s", f"{max(found):.2g} s"] for name, found in times.items() if found]
 
 
-def _machine(record: Record) -> str:
-    machine, versions = record.machine, record.versions
-    return (
-        f"{machine['processor']}, {machine['cores']} cores, {size_name(machine['cache_bytes'])} of cache, "
-        f"{versions['isa']}; torch {versions['torch']}, Python {versions['python']}; {record.started[:10]}."
-    )
+# ------------------------------------------------------------------------------------------------------------- summary
 
 
-TABLES = {
-    "float32": lambda record: _wide(_named(record, "float32", False)),
-    "bfloat16": lambda record: _wide(_named(record, "bfloat16", False)),
-    "float32-warm": lambda record: _wide(_named(record, "float32", True)),
-    "bfloat16-warm": lambda record: _wide(_named(record, "bfloat16", True)),
-    "float32-one-thread": lambda record: _wide(_named(record, "float32", False, True)),
-    "bfloat16-one-thread": lambda record: _wide(_named(record, "bfloat16", False, True)),
-    "sizes": lambda record: _wide(_sizes(record)),
-    "large": lambda record: _wide(_sizes(record, LARGE)),
+def _range(found: Iterable[Figure | None], form: str = "{:.1f}") -> str:
+    """From the least to the greatest of those that are worth something."""
+    values = sorted(figure.value for figure in found if figure is not None and not figure.doubts)
+    ends = list(dict.fromkeys(form.format(value) for value in (values[:1] + values[-1:])))
+    return " to ".join(ends)
+
+
+def _rivals(groups: list[list[Result]]) -> str:
+    told = [of[ours.contender] for ours, of in map(_ours, groups)]
+    parts = {
+        "eager/it": "{} times as fast as eager PyTorch",
+        "compile/it": "{} times as fast as torch.compile",
+        "copy/it": "at {} of the speed of a copy",
+    }
+    ranges = {
+        name: _range([of.get(name) for of in told], "{:.0%}" if name == "copy/it" else "{:.1f}") for name in parts
+    }
+    return ", ".join(parts[name].format(found) for name, found in ranges.items() if found) or "not measured"
+
+
+def _summary(record: Record) -> str:
+    """Ten lines, without the figures that are worthless."""
+    lines = {
+        f"{dtype}, {where}": _rivals(_groups(record, dtype, warm, one_thread))
+        for where, warm, one_thread in (
+            ("all cores", False, False),
+            ("one thread", False, True),
+            ("warm caches", True, False),
+        )
+        for dtype in ("float32", "bfloat16")
+    }
+    lines["Tensors of 64 MiB and more, float32, all cores"] = _rivals(_groups(record, least=LARGE))
+    budgets = {column: _range([of.get(column) for of in _budgets(record).values()], "{:.2f}") for column in BUDGETS}
+    lines["Time over the budget's"] = "; ".join(f"{column}: {found or '-'}" for column, found in budgets.items())
+    overheads = [told.get("host both") for entry, told in record.told() if entry.contender == "cpu"]
+    lines["Host overhead, over PyTorch's `mse_loss`"] = f"{_range(overheads)} times, by operation"
+    lines["Until the first result"] = "; ".join(f"{name} {least} to {most}" for name, least, most in _first(record))
+    return "\n".join(f"- {what}: {said}." for what, said in lines.items())
+
+
+TABLES: dict[str, Callable[[Record], str]] = {
+    "summary": _summary,
+    "float32": lambda record: _wide(_groups(record)),
+    "bfloat16": lambda record: _wide(_groups(record, "bfloat16")),
+    "float32-warm": lambda record: _wide(_groups(record, warm=True)),
+    "bfloat16-warm": lambda record: _wide(_groups(record, "bfloat16", warm=True)),
+    "float32-one-thread": lambda record: _wide(_groups(record, one_thread=True)),
+    "bfloat16-one-thread": lambda record: _wide(_groups(record, "bfloat16", one_thread=True)),
+    "sizes": lambda record: _wide(_groups(record, least=0)),
+    "large": lambda record: _wide(_groups(record, least=LARGE)),
     "budget": _budget,
     "operations": _operations,
-    "overhead": lambda record: table.markdown_table(table.OVERHEAD_COLUMNS, table.overhead_rows(record.overhead)),
-    "first-calls": _first_calls,
-    "machine": _machine,
+    "overhead": lambda record: table.markdown_table(table.OVERHEAD_COLUMNS, table.overhead_rows(record)),
+    "first-calls": lambda record: table.markdown_table(["", "least", "most"], _first(record)),
+    "machine": lambda record: f"{record.on()}.",
 }
 
 

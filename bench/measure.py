@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -21,11 +21,11 @@ from torch import Tensor
 import fdistill_ops as fd
 from fdistill_ops import backends
 from fdistill_ops.trainer.files import reason
-from fdistill_ops.trainer.interruption import handled
+from fdistill_ops.trainer.interruption import Interrupted, handled
 
 from . import check, cost
 from .cases import Case
-from .clock import Step, cache_bytes, seconds_per_call, synchronize
+from .clock import Step, cache_bytes, load_average, seconds_per_call, synchronize
 from .ops import OPS, Call, Inputs, make_inputs, model_bytes
 from .record import Result
 
@@ -36,13 +36,16 @@ _MOST_SETS = 64
 @dataclass
 class Plan:
     """How much is measured. ``seconds`` is what a contender takes in one round; ``contenders`` names those wanted, None
-    for all; ``reference`` says whether it is timed where there are kernels too."""
+    for all; ``reference`` says whether it is timed where there are kernels too, ``costs`` whether memory, launches and
+    synchronisations are counted. No round of a case begins after so many seconds of ``patience``."""
 
     rounds: int = 15
     seconds: float = 0.01
     contenders: frozenset[str] | None = None
     compile: bool = True
     reference: bool = True
+    costs: bool = True
+    patience: float = math.inf
 
     def wants(self, name: str) -> bool:
         return self.contenders is None or name in self.contenders
@@ -50,13 +53,21 @@ class Plan:
 
 @dataclass
 class Contender:
-    """``step(i)`` is one call on set i, whose results ``results(i)`` then returns."""
+    """``step(i)`` is one call on set i: ``forward(i)``, and ``backward`` of its value where there is one.
+    ``results(i)`` does it too and returns what came out."""
 
     name: str
     kind: str
-    step: Step
+    forward: Step
     results: Callable[[int], list[Tensor]]
     backend: str | None = None
+    backward: Callable[[Any], object] | None = None
+
+    def step(self, i: int) -> Any:
+        value = self.forward(i)
+        if self.backward is not None:
+            self.backward(value)
+        return value
 
 
 def serving(device: str) -> list[str]:
@@ -76,36 +87,37 @@ def serving(device: str) -> list[str]:
 
 def measure(case: Case, plan: Plan) -> list[Result]:
     """A result for every contender, those that are wrong or do not run without a time; a single one of kind "failed"
-    where the case itself cannot be measured, for instance for want of memory."""
-    with _threads(case.threads):
+    where the case itself cannot be measured, for instance for want of memory. Where it was interrupted in its rounds,
+    those so far: go_on_unless_interrupted() says so."""
+    with _undisturbed(case.threads):
         try:
             return Measurement(case, plan).run()
         except Exception as error:  # what was measured before is not lost to it
-            _go_on_unless_interrupted()
+            go_on_unless_interrupted()
             return [Result(case, "-", "failed", model_bytes(case), error=_in_words(error))]
 
 
-_interrupted = threading.Event()
+_noted: list[int] = []
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    _interrupted.set()
-    raise KeyboardInterrupt
+    _noted.append(number)
+    raise Interrupted(number)
 
 
-def _go_on_unless_interrupted() -> None:
-    if _interrupted.is_set():
-        raise KeyboardInterrupt
+def go_on_unless_interrupted() -> None:
+    if _noted:
+        raise Interrupted(_noted[0])
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C ends a measurement, also where a compiler makes an error of its own of it."""
+    """Ctrl-C and SIGTERM end a measurement, also where a compiler makes an error of its own of it."""
     try:
-        with handled(_interrupt, (signal.SIGINT,)):
+        with handled(_interrupt):
             yield
     finally:
-        _interrupted.clear()
+        _noted.clear()
 
 
 def _in_words(error: Exception) -> str:
@@ -126,11 +138,11 @@ class Measurement:
 
     def run(self) -> list[Result]:
         contenders = self.checked()
-        for contender in contenders:
-            if contender.kind != "copy":
-                self.add_costs(contender)
+        costly = [contender for contender in contenders if contender.kind != "copy"]
+        if self.plan.costs and costly:
+            self.add_costs(costly)
         self.time(contenders)
-        return list(self.results.values())
+        return [result for result in self.results.values() if result.rounds or result.error]
 
     def checked(self) -> list[Contender]:
         """Those whose results are right. ``results`` has an entry for each, and for those that are wrong."""
@@ -165,22 +177,23 @@ class Measurement:
             yield self.contender("compile", "compile", calls)
 
     def contender(self, name: str, kind: str, calls: Sequence[Call], backend: str | None = None) -> Contender:
-        leaves = self.leaves
-        upstream, backward = self.upstream, self.case.mode != "forward"
+        leaves, upstream = self.leaves, self.upstream
+        differentiated = self.case.mode != "forward"
 
-        def step(i: int) -> Tensor:
+        def forward(i: int) -> Tensor:
             for leaf in leaves[i]:
                 leaf.grad = None
-            value = calls[i]()
-            if backward:
-                value.backward(upstream)
-            return value
+            return calls[i]()
+
+        def backward(value: Tensor) -> None:
+            value.backward(upstream)
 
         def results(i: int) -> list[Tensor]:
-            value = step(i).detach()
-            return [value, *(leaf.grad for leaf in leaves[i] if backward and leaf.grad is not None)]
+            value = made.step(i).detach()
+            return [value, *(leaf.grad for leaf in leaves[i] if differentiated and leaf.grad is not None)]
 
-        return Contender(name, kind, step, results, backend)
+        made = Contender(name, kind, forward, results, backend, backward if differentiated else None)
+        return made
 
     def graphs(self, backend: str, calls: Sequence[Call]) -> Contender:
         """The steps as CUDA graphs: captured when results or step are first asked for."""
@@ -251,7 +264,7 @@ class Measurement:
                         break
         except Exception as error:  # whatever a compiler or a back end raises: the others are timed all the same
             result.error = _in_words(error)
-        _go_on_unless_interrupted()
+        go_on_unless_interrupted()
         self.release()
         return result.error is None
 
@@ -265,31 +278,44 @@ class Measurement:
             self.wanted[i] = check.expected(self.case, self.sets[i])
         return self.wanted[i]
 
-    def add_costs(self, contender: Contender) -> None:
-        result = self.results[contender.name]
-        with fd.use_backend(contender.backend):
-            result.extra_memory = cost.extra_memory(contender.step, self.release, self.case.device)
-            if torch.device(self.case.device).type == "cuda":
-                result.launches = cost.launches(contender.step)
-                result.synchronizations = cost.host_synchronizations(contender.step)
+    def add_costs(self, contenders: Sequence[Contender]) -> None:
+        def step(contender: Contender) -> None:
+            with fd.use_backend(contender.backend):
+                contender.step(0)
+
+        steps = [partial(step, contender) for contender in contenders]
+        for contender, bytes_ in zip(contenders, cost.extra_memory(steps, self.release, self.case.device), strict=True):
+            self.results[contender.name].extra_memory = bytes_
+        if torch.device(self.case.device).type == "cuda":
+            for contender, call in zip(contenders, steps, strict=True):
+                self.results[contender.name].launches = cost.launches(call)
+                self.results[contender.name].synchronizations = cost.host_synchronizations(call)
 
     def time(self, contenders: Sequence[Contender]) -> None:
-        once = {contender.name: self.seconds(contender, self.rotation(0, 3)) for contender in contenders}
-        calls = {name: max(1, min(1000, round(self.plan.seconds / seconds))) for name, seconds in once.items()}
-        for turn in range(self.plan.rounds):
-            shift = turn % len(contenders) if contenders else 0  # nobody always runs after the same one
-            for contender in (*contenders[shift:], *contenders[:shift]):
-                seconds = self.seconds(contender, self.rotation(turn, calls[contender.name]))
-                self.results[contender.name].rounds.append(float(f"{seconds:.5g}"))
+        """An interruption keeps the rounds so far."""
+        load, begun = load_average(), time.monotonic()
+        with suppress(Interrupted):
+            once = {contender.name: self.seconds(contender, self.rotation(0, 3))[0] for contender in contenders}
+            calls = {name: max(1, min(1000, round(self.plan.seconds / seconds))) for name, seconds in once.items()}
+            for turn in range(self.plan.rounds):
+                if turn > 0 and time.monotonic() - begun > self.plan.patience:
+                    break
+                shift = turn % len(contenders) if contenders else 0  # nobody always runs after the same one
+                for contender in (*contenders[shift:], *contenders[:shift]):
+                    seconds, forward = self.seconds(contender, self.rotation(turn, calls[contender.name]))
+                    self.results[contender.name].add(seconds, forward)
+        load = load_average(load)
+        for contender in contenders:
+            self.results[contender.name].load = load
 
-    def seconds(self, contender: Contender, rotation: Sequence[int]) -> float:
-        """Of a call. The gradients of whoever ran before go first, or they would be freed at this one's expense; then
-        every set has its turn untimed, so that each is as long ago as the rotation is long. A single set takes some
-        twenty calls to settle in the caches, and gets as many as are timed."""
+    def seconds(self, contender: Contender, rotation: Sequence[int]) -> tuple[float, float | None]:
+        """Of a call, and of forward in it. The gradients of whoever ran before go first, or they would be freed at this
+        one's expense; then every set has its turn untimed, so that each is as long ago as the rotation is long. A
+        single set takes some twenty calls to settle in the caches, and gets as many as are timed."""
         self.release()
         settle = rotation if len(self.sets) == 1 else self.rotation(rotation[0], len(self.sets))
         with fd.use_backend(contender.backend):
-            return seconds_per_call(contender.step, settle, rotation, self.case.device)
+            return seconds_per_call(contender.forward, contender.backward, settle, rotation, self.case.device)
 
     def rotation(self, start: int, calls: int) -> list[int]:
         return [(start + i) % len(self.sets) for i in range(calls)]
@@ -315,12 +341,16 @@ def _upstream(case: Case, inputs: Inputs) -> Tensor | None:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def _undisturbed(threads: int) -> Iterator[None]:
+    """With so many threads, and without the garbage collector going through all that was there before: where that is
+    much it takes a tenth of a second, in some round of somebody."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(threads)
+    gc.freeze()
     try:
         yield
     finally:
         torch.set_num_threads(before)
         gc.collect()
+        gc.unfreeze()
         fd.empty_cache()

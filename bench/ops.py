@@ -141,10 +141,10 @@ def _xtf(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _weight_options(case: Case, inputs: Inputs) -> dict[str, Any]:
-    histogram = None
-    if case.histogram:
-        histogram = fd.RatioHistogram(0.0, 1.0, bins=len(inputs["bins"])).to(inputs["bins"].device)
-    return {"divergence": case.divergence, "histogram": histogram}
+    if not case.histogram:
+        return {"divergence": case.divergence}
+    histogram = fd.RatioHistogram(0.0, 1.0, bins=len(inputs["bins"]), ema_rate=0.0).to(inputs["bins"].device)
+    return {"divergence": case.divergence, "t": inputs["t"], "histogram": histogram}
 
 
 def _eager_weights(case: Case, inputs: Inputs) -> tuple[Any, ...]:
@@ -154,7 +154,7 @@ def _eager_weights(case: Case, inputs: Inputs) -> tuple[Any, ...]:
 
 def _ours_f_distill(case: Case, inputs: Inputs) -> Call:
     options = _matching_options(case, inputs) | _weight_options(case, inputs)
-    return partial(fd.f_distill_loss, *_xtf(inputs), inputs["logits"], inputs["t"], **options)
+    return partial(fd.f_distill_loss, *_xtf(inputs), inputs["logits"], **options)
 
 
 def _ours_dmd2(case: Case, inputs: Inputs) -> Call:
@@ -218,7 +218,7 @@ OPS: dict[str, Op] = {
     ),
     "f_weights": Op(
         _alone,
-        lambda case, i: partial(fd.f_weights, i["logits"], i["t"], **_weight_options(case, i)),
+        lambda case, i: partial(fd.f_weights, i["logits"], **_weight_options(case, i)),
         lambda case, i: partial(baselines.f_weights, *_eager_weights(case, i)),
         traffic=lambda case: case.shape[0] * (case.torch_dtype.itemsize * HEADS + 8.0 + 4.0),
     ),

@@ -1,40 +1,49 @@
-"""Host overhead: microseconds per call on tensors so small that nothing else takes time."""
+"""Host overhead: what a call takes on tensors so small that nothing else takes time.
+
+Microseconds say more about the machine than about the code. So the figure is a ratio to PyTorch's ``mse_loss``, forward
+and backward, which takes turns with everything else in the same process (see figures.of_overhead).
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 import fdistill_ops as fd
+from fdistill_ops.trainer.interruption import Interrupted
 
 from .cases import Case
-from .clock import synchronize
+from .clock import load_average, synchronize
 from .measure import serving
 from .ops import OPS, make_inputs
-from .record import Overhead
+from .record import SCALE, Overhead
 
 _SHAPE = (4, 8)
 
 
 def measure_overhead(device: str, rounds: int, calls: int = 200) -> list[Overhead]:
-    """Every operation on every back end that has kernels for it, and PyTorch's mse_loss for scale; each forward with
-    the graph for backward, and backward by itself."""
-    subjects = list(_subjects(device))
+    """Every operation on every back end that has kernels for it, and SCALE; each forward with the graph for backward,
+    and backward by itself. After an interruption: the rounds so far."""
+    subjects, load = list(_subjects(device)), load_average()
     found = [Overhead(op, contender, device, [], []) for op, contender, *_ in subjects]
-    for turn in range(rounds + 1):
-        for entry, (_, _, backend, call, leaves) in zip(found, subjects, strict=True):
-            with fd.use_backend(backend):
-                forward, backward = _seconds(call, leaves, device, calls)
-            if turn == 0:  # the first is not counted
-                continue
-            entry.forward.append(float(f"{forward:.5g}"))
-            if leaves:
-                entry.backward.append(float(f"{backward:.5g}"))
-    return found
+    with suppress(Interrupted):
+        for turn in range(rounds + 1):
+            for entry, (_, _, backend, call, leaves) in zip(found, subjects, strict=True):
+                with fd.use_backend(backend):
+                    forward, backward = _seconds(call, leaves, device, calls)
+                if turn == 0:  # the first is not counted
+                    continue
+                entry.forward.append(float(f"{forward:.5g}"))
+                if leaves:
+                    entry.backward.append(float(f"{backward:.5g}"))
+    load = load_average(load)
+    return [replace(entry, load=load) for entry in found if entry.forward]
 
 
 def _subjects(device: str) -> Iterator[tuple[str, str, str | None, Callable[[], Tensor], list[Tensor]]]:
@@ -47,7 +56,7 @@ def _subjects(device: str) -> Iterator[tuple[str, str, str | None, Callable[[], 
                 yield op, backend, backend, call, leaves
     x, y = torch.randn(2, *_SHAPE, device=device)
     x.requires_grad_()
-    yield "torch mse_loss", "torch", None, lambda: mse_loss(x, y), [x]
+    yield SCALE, "torch", None, lambda: mse_loss(x, y), [x]
 
 
 def _seconds(call: Callable[[], Tensor], leaves: list[Tensor], device: str, calls: int) -> tuple[float, float]:

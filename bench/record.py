@@ -1,14 +1,17 @@
 """What a run leaves: the machine, and a result for every contender of every case. As JSON, in one schema.
 
     {"schema": 1, "command": [...], "started": "2026-01-31T12:00:00+00:00", "commit": "..." or null,
-     "machine": {...}, "versions": {...},
+     "partial": whether it was interrupted, "machine": {...}, "versions": {...},
      "results": [{"case": {the fields of Case}, "contender": "cpu", "kind": "fused", "bytes": model bytes of a step,
-                  "rounds": [seconds per call, one for every round], "first_call": seconds or null,
-                  "extra_memory": bytes or null, "launches": n or null, "synchronizations": n or null,
-                  "error": why there is no time, or null}],
-     "overhead": [{"op": ..., "contender": ..., "device": ..., "forward": [seconds, ...], "backward": [seconds, ...]}]}
+                  "rounds": [seconds per call, one for every round], "forward": [...], "backward": [the parts of them],
+                  "first_call": seconds or null, "extra_memory": bytes or null, "launches": n or null,
+                  "synchronizations": n or null, "load": load average a core when it was timed, or null,
+                  "error": why there is no time, or null, "figures": [{the fields of Figure}]}],
+     "overhead": [{"op": ..., "contender": ..., "device": ..., "forward": [seconds, ...], "backward": [seconds, ...],
+                   "load": ..., "figures": [...]}]}
 
-Round i of one contender was measured right beside round i of the others: ratios are taken round by round.
+Round i of one contender was measured right beside round i of the others: ratios are taken round by round. The figures
+follow from the rest, and are there for whoever reads the file: with what makes one worthless (``doubts``).
 """
 
 from __future__ import annotations
@@ -19,40 +22,53 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import fdistill_ops as fd
 from fdistill_ops.trainer.files import to_json, write_text
 
-from .cases import Case
-from .clock import Spread, cache_bytes
+from .cases import Case, size_name
+from .clock import cache_bytes
+from .figures import Figure, figures, of_overhead
 from .ops import OPS
 
 SCHEMA = 1
+SCALE = "torch mse_loss"
+"""The operation of PyTorch's that host overheads are given in."""
 
 
 @dataclass
 class Result:
     """One contender on one case. ``kind``: "fused" (one of our back ends), "reference", "eager", "compile" or
-    "copy"; "failed" for a case that could not be measured. ``rounds`` is empty where ``error`` says why."""
+    "copy"; "failed" for a case that could not be measured. ``rounds`` is empty where ``error`` says why; ``forward``
+    and ``backward`` are parts of them, where a step has both. ``load``: the load average, for each core."""
 
     case: Case
     contender: str
     kind: str
     bytes: int
     rounds: list[float] = field(default_factory=list)
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
     first_call: float | None = None
     extra_memory: int | None = None
     launches: int | None = None
     synchronizations: int | None = None
+    load: float | None = None
     error: str | None = None
+
+    def add(self, seconds: float, forward: float | None) -> None:
+        """A round, of a call and of the forward part of it."""
+        parts = {"rounds": seconds} | ({} if forward is None else {"forward": forward, "backward": seconds - forward})
+        for name, value in parts.items():
+            getattr(self, name).append(float(f"{value:.5g}"))
 
     @property
     def ours(self) -> bool:
@@ -65,20 +81,9 @@ class Result:
         checks = self.kind == "eager" and not OPS[self.case.op].fused
         return self.error is not None and (self.ours or self.kind == "failed" or checks)
 
-    @property
-    def seconds(self) -> Spread:
-        return Spread.of(self.rounds)
-
-    @property
-    def bandwidth(self) -> float:
-        """Model bytes per second."""
-        return self.bytes / self.seconds.median
-
-    def ratio(self, other: Result | None) -> float | None:
-        """How many times as long the other takes: the median over the rounds, None where one of the two has none."""
-        if other is None or not self.rounds or not other.rounds:
-            return None
-        return Spread.of([b / a for a, b in zip(self.rounds, other.rounds, strict=False)]).median
+    def costs(self) -> tuple[float | None, ...]:
+        """What is measured once: seconds of the first call, bytes, launches, synchronisations."""
+        return self.first_call, self.extra_memory, self.launches, self.synchronizations
 
 
 @dataclass
@@ -90,11 +95,14 @@ class Overhead:
     device: str
     forward: list[float]
     backward: list[float]
+    load: float | None = None
 
-    def microseconds(self) -> tuple[float, float | None]:
-        """Medians of forward and backward; None where there is no backward."""
-        backward = Spread.of(self.backward).median * 1e6 if self.backward else None
-        return Spread.of(self.forward).median * 1e6, backward
+    def both(self) -> list[float]:
+        """Forward and, where there is one, backward."""
+        return [a + b for a, b in zip(self.forward, self.backward or [0.0] * len(self.forward), strict=False)]
+
+
+Entry = TypeVar("Entry", Result, Overhead)
 
 
 @dataclass
@@ -108,6 +116,7 @@ class Record:
     command: list[str] = field(default_factory=list)
     started: str = ""
     commit: str | None = None
+    partial: bool = False
 
     def groups(self) -> list[list[Result]]:
         """The results of each case, in the order they were measured."""
@@ -116,9 +125,34 @@ class Record:
             found.setdefault(result.case, []).append(result)
         return list(found.values())
 
+    def scale(self, entry: Overhead) -> Overhead | None:
+        """PyTorch's own loss beside it: the unit of host overheads."""
+        return next((o for o in self.overhead if (o.op, o.device) == (SCALE, entry.device)), None)
+
+    def on(self) -> str:
+        """The machine, the versions and the day in one line."""
+        of, versions = self.machine.get, self.versions.get
+        names = ", ".join(filter(None, [of("gpu"), of("processor")]))
+        where = f"{names}, {of('cores')} cores, {size_name(of('cache_bytes') or 0)} of cache, {versions('isa')}"
+        version = f"torch {versions('torch')}, Python {versions('python')}; commit {self.commit}"
+        return f"{where}; {version}; {self.started[:10]}"
+
+    def told(self) -> Iterator[tuple[Result | Overhead, dict[str, Figure]]]:
+        """Every result, then every overhead, with its figures by name."""
+        for group in self.groups():
+            others = {result.contender: result for result in group}
+            yield from ((result, figures(result, others)) for result in group)
+        yield from ((entry, of_overhead(entry, self.scale(entry))) for entry in self.overhead)
+
     def write(self, path: Path) -> None:
-        """Never a part of a file."""
-        write_text(path, to_json({"schema": SCHEMA} | asdict(self), indent=1) + "\n")
+        """Never a part of a file. A line for each result."""
+        told = [
+            asdict(entry) | {"figures": [figure.told() for figure in found.values()]} for entry, found in self.told()
+        ]
+        content = {"schema": SCHEMA} | asdict(self)
+        content |= {"results": told[: len(self.results)], "overhead": told[len(self.results) :]}
+        lines = [f' "{name}": {_lines(value)}' for name, value in content.items()]
+        write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
     @classmethod
     def read(cls, path: Path) -> Record:
@@ -138,7 +172,15 @@ class Record:
             raise ValueError(f"{path} is no record of schema {SCHEMA}: {error}") from None
 
 
+def _lines(value: Any) -> str:
+    """JSON, the entries of a list of objects on lines of their own."""
+    if not (isinstance(value, list) and value and isinstance(value[0], dict)):
+        return to_json(value)
+    return "[\n  " + ",\n  ".join(map(to_json, value)) + "\n ]"
+
+
 def _result(entry: dict[str, Any]) -> Result:
+    entry.pop("figures", None)
     case = entry.pop("case")
     case["shape"] = tuple(case["shape"])
     result = Result(case=Case(**case), **entry)
@@ -147,20 +189,21 @@ def _result(entry: dict[str, Any]) -> Result:
         raise ValueError(f"there is no operation {result.case.op!r}")
     if not all(isinstance(size, int) and size > 0 for size in result.case.shape):
         raise ValueError(f"{result.case.shape} is no shape")
-    _check_times(result.rounds)
-    return result
+    return _checked(result, "rounds", "forward", "backward")
 
 
 def _overhead(entry: dict[str, Any]) -> Overhead:
-    overhead = Overhead(**entry)
-    _check_times(overhead.forward)
-    _check_times(overhead.backward)
-    return overhead
+    entry.pop("figures", None)
+    return _checked(Overhead(**entry), "forward", "backward")
 
 
-def _check_times(times: Any) -> None:
-    if not isinstance(times, list) or not all(isinstance(t, int | float) and 0 < t < math.inf for t in times):
-        raise ValueError("a round is no time")
+def _checked(entry: Entry, *names: str) -> Entry:
+    for times in (getattr(entry, name) for name in names):
+        if not isinstance(times, list) or not all(isinstance(t, int | float) and 0 < t < math.inf for t in times):
+            raise ValueError("a round is no time")
+    if not isinstance(entry.load, int | float | None):
+        raise ValueError("a load is no number")
+    return entry
 
 
 def new_record(device: str, command: Iterable[str]) -> Record:

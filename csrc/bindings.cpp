@@ -1,5 +1,8 @@
 // pybind11 bindings: tensors come as (address, dtype code, strides), results go to addresses the caller owns. No PyTorch here, and no
 // arithmetic.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <pybind11/pybind11.h>
 
 #include <atomic>
@@ -22,11 +25,18 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------------ instruction sets
 
+#if defined(__x86_64__)
+bool has_f16c() {  // which __builtin_cpu_supports of older Clang does not know
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 std::vector<const Kernels*> supported_kernels() {  // the best one first
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     found.push_back(&avx512::kernels());
@@ -115,10 +125,11 @@ struct PooledTensor {
 
 // A capsule for torch's from_dlpack; the memory goes back to the pool with the tensor.
 PyObject* pooled_empty(const py::tuple& shape, const py::tuple& strides, int dtype, size_t bytes) {
+  const int dims = dimensions(shape.ptr(), "the gradient");
   auto* const pooled = new PooledTensor{};
   DLTensor& tensor = pooled->managed.tensor;
   tensor.device_type = 1;  // kDLCPU
-  tensor.ndim = static_cast<int32_t>(shape.size());
+  tensor.ndim = dims;
   tensor.shape = pooled->sizes, tensor.strides = pooled->sizes + kMaxDims;
   for (int d = 0; d < tensor.ndim; ++d) {
     tensor.shape[d] = PyLong_AsLongLong(item(shape.ptr(), d));

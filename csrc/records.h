@@ -1,10 +1,12 @@
 // Python's tuples to the records of a call: tensors come as (address, dtype code, strides). Arguments were checked in
-// Python.
+// Python; what would be read or written out of bounds here is refused here too.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <stdexcept>
+#include <string>
 
 #include "fdistill/calls.h"
 
@@ -18,13 +20,24 @@ inline double real(PyObject* value) { return PyFloat_AsDouble(value); }
 inline int integer(PyObject* value) { return static_cast<int>(PyLong_AsLong(value)); }
 inline bool flag(PyObject* value) { return PyObject_IsTrue(value) == 1; }
 
-// (address, dtype, strides), or None
-inline void read_tensor(PyObject* value, Tensor& tensor) {
+// The number of dimensions of a tuple of sizes or strides, if they have room.
+inline int dimensions(PyObject* tuple, const char* name) {
+  const Py_ssize_t n = PyTuple_GET_SIZE(tuple);
+  if (n > kMaxDims)
+    throw std::invalid_argument(std::string(name) + " has " + std::to_string(n) + " dimensions; the kernels take " +
+                                std::to_string(kMaxDims));
+  return static_cast<int>(n);
+}
+
+// (address, dtype, strides), or None where the tensor is absent or has no elements
+inline void read_tensor(PyObject* value, const char* name, Tensor& tensor) {
   if (value == Py_None) return;
   tensor.data = address(item(value, 0));
+  if (tensor.data == nullptr)  // would pass for absent
+    throw std::invalid_argument(std::string(name) + " has no memory of its own");
   tensor.dtype = static_cast<DType>(integer(item(value, 1)));
   PyObject* strides = item(value, 2);
-  tensor.dims = static_cast<int>(PyTuple_GET_SIZE(strides));
+  tensor.dims = dimensions(strides, name);
   for (int d = 0; d < tensor.dims; ++d) tensor.strides[d] = PyLong_AsLongLong(item(strides, d));
 }
 
@@ -53,8 +66,8 @@ struct ParsedWeights {
     call.batch = PyLong_AsLongLong(item(value, 0));
     call.heads = PyLong_AsLongLong(item(value, 1));
     Tensor logits, t;
-    read_tensor(item(value, 2), logits);
-    read_tensor(item(value, 3), t);
+    read_tensor(item(value, 2), "logits", logits);
+    read_tensor(item(value, 3), "t", t);
     call.logits = logits.data, call.logits_dtype = logits.dtype;
     call.logits_stride = logits.stride(0), call.heads_stride = logits.stride(1);
     call.t = t.data, call.t_dtype = t.dtype, call.t_stride = t.stride(0);
@@ -75,12 +88,12 @@ struct ParsedLoss {
   ParsedLoss(const py::tuple& shape, const py::tuple& operands, const py::object& guidance,
              const py::object& normalizer, const py::tuple& params, const py::object& weights, bool score_identity,
              bool wide, size_t loss, size_t gradient_scale, size_t stats) {
-    call.dims = static_cast<int>(shape.size());
+    call.dims = dimensions(shape.ptr(), "x");
     for (int d = 0; d < call.dims; ++d) sizes_[d] = PyLong_AsLongLong(item(shape.ptr(), d));
     call.shape = sizes_;
-    for (int o = 0; o < kOperands; ++o) read_tensor(item(operands.ptr(), o), call.operands[o]);
-    read_tensor(guidance.ptr(), call.guidance);
-    read_tensor(normalizer.ptr(), call.normalizer);
+    for (int o = 0; o < kOperands; ++o) read_tensor(item(operands.ptr(), o), kOperandNames[o], call.operands[o]);
+    read_tensor(guidance.ptr(), "guidance_scale", call.guidance);
+    read_tensor(normalizer.ptr(), "normalizer", call.normalizer);
     call.params = read_loss_params(params.ptr());
     call.score_identity = score_identity;
     call.wide = wide;

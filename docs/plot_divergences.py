@@ -9,9 +9,13 @@ import torch
 from matplotlib.figure import Figure
 
 import fdistill_ops as fd
+from fdistill_ops._colours import OKABE_ITO
 
-# Okabe and Ito's colours, told apart with every kind of colour vision; line styles tell apart what overlaps.
-COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#7F7F7F")
+# Two more than the palette's seven for lines; line styles tell apart what overlaps.
+COLOURS = (
+    *(OKABE_ITO[name] for name in ("black", "orange", "blue", "green", "vermilion", "purple", "sky blue")),
+    *("#8C6D1F", "#7F7F7F"),
+)
 STYLES = ("-", "-", "-", "--", "-", "--", "-", "-", ":")
 LOW, HIGH = 0.1, 20.0  # the default ratio_clip
 

@@ -8,9 +8,12 @@ from ._version import __version__
 from ._warmup import warmup
 from .backends import available_backends, empty_cache, set_backend, use_backend
 from .divergences import DIVERGENCES, Divergence, get_divergence, register_divergence
+from .histogram import RatioHistogram
 from .losses import (
+    ScoreDifference,
     distribution_matching_loss,
     f_distill_loss,
+    f_score_difference,
     gan_discriminator_loss,
     gan_generator_loss,
     score_difference,
@@ -19,7 +22,7 @@ from .losses import (
 from .modules import FDistillLoss
 from .predictions import to_x0
 from .stats import LossStats
-from .weights import RatioHistogram, f_weights
+from .weights import f_weights
 
 __all__ = [
     "DIVERGENCES",
@@ -27,12 +30,14 @@ __all__ = [
     "FDistillLoss",
     "LossStats",
     "RatioHistogram",
+    "ScoreDifference",
     "__version__",
     "available_backends",
     "build_info",
     "distribution_matching_loss",
     "empty_cache",
     "f_distill_loss",
+    "f_score_difference",
     "f_weights",
     "gan_discriminator_loss",
     "gan_generator_loss",

@@ -24,16 +24,17 @@ def integer(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def number(low: float = -math.inf) -> Callable[[str], float]:
-    """An argument's type: a finite number, from low on."""
-    what = "finite number" if math.isinf(low) else f"number from {low:g}"
+def number(low: float = -math.inf, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """An argument's type: a finite number, from low (``above``: from more than low) to high."""
+    what = "finite number" if math.isinf(low) else f"number {'above' if above else 'from'} {low:g}"
+    what += "" if math.isinf(high) else f" to {high:g}"
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and value >= low):
+        if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
             raise argparse.ArgumentTypeError(f"must be a {what}, got {text!r}")
         return value
 

@@ -1,36 +1,44 @@
 """The operators: torch.library definitions, their fake implementations, and autograd.
 
 Eager calls on plain tensors go from the public function straight to the back end's kernel, whose gradient
-:class:`_Attach` hangs into the graph. Tracing (torch.compile, torch.export, FakeTensor and other modes, vmap)
-goes through ``torch.ops.fdistill``, the same kernels as operators.
+:class:`_Attach` hands to autograd. Tracing (torch.compile, torch.export, FakeTensor and other modes, vmap) and tensors
+of other types go through ``torch.ops.fdistill``: the same kernels as operators, which choose the back end when they
+run.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends
+from . import _reference, backends
 from ._autograd import refuse_double_backward
-from ._checks import OptionalTensors, compute_dtype
+from ._checks import OPTIONAL_NAMES, OptionalTensors, compute_dtype, named
+from ._validation import PLAIN_TYPES, call_named, refuse_functional
 from .params import REDUCTIONS, LossParams, WeightParams, schema
 from .stats import FIELDS
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_SAMPLE = REDUCTIONS["sample"]
+_SAMPLE, _NONE = REDUCTIONS["sample"], REDUCTIONS["none"]
+_PLAIN_OR_NONE = PLAIN_TYPES | {type(None)}
 _keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
 
 
-def _traced(x: Tensor) -> bool:
-    """Whether somebody watches the operators: the call must then be one."""
+def _chosen(x: Tensor) -> str:
+    """The back end of a call with this tensor. Compiled code runs operators, which choose when they run."""
+    return "operators" if torch.compiler.is_compiling() else backends.choose(x.device)
+
+
+def _traced(*operands: Tensor | None) -> bool:
+    """Whether the call must be an operator: it is being traced, or an operand is of a type that may have its own idea
+    of what an operator does."""
     if torch.compiler.is_compiling():
         return True
     transform = _functorch_level()
@@ -39,7 +47,21 @@ def _traced(x: Tensor) -> bool:
             "fdistill_ops: torch.func's derivatives (grad, vjp, jvp, jacrev, ...) are not supported; "
             "use backward() or torch.autograd.grad"
         )
-    return transform is not None or _dispatch_modes() > 0 or type(x) not in _PLAIN_TYPES
+    if transform is not None or _dispatch_modes() > 0:
+        return True
+    return not _PLAIN_OR_NONE.issuperset(map(type, operands))
+
+
+def _operator(operator: Any, operands: Mapping[str, Tensor | None], differentiable: Container[str], *rest: Any) -> Any:
+    """Calls an operator with these operands, in this order, and the rest. Nothing flows to those that are not named
+    differentiable."""
+
+    def call(*values: Tensor | None) -> Any:
+        pairs = zip(operands, values, strict=True)
+        return operator(*[v if v is None or name in differentiable else v.detach() for name, v in pairs], *rest)
+
+    refuse_functional(operands)
+    return call_named(call, operands)
 
 
 def _refuse_tangents(*inputs: Tensor) -> None:
@@ -86,15 +108,10 @@ class _Attach(torch.autograd.Function):
 _attach = super(torch.autograd.Function, _Attach).apply
 
 
-def _scaled(gradient: Tensor, scale: Tensor, upstream: Tensor | None) -> Tensor:
+def _scaled(gradient: Tensor, scale: Tensor, upstream: Tensor) -> Tensor:
     """gradient * scale * upstream: scale is [B] for float16 gradients and plays no part for others, upstream is
     0-dimensional or [B]."""
-    if gradient.dtype == torch.float16:
-        factor = scale if upstream is None else upstream * scale
-    elif upstream is None:
-        return gradient
-    else:
-        factor = upstream
+    factor = upstream * scale if gradient.dtype == torch.float16 else upstream
     if factor.ndim == 1:
         factor = factor.reshape(factor.shape + (1,) * (gradient.ndim - 1))
     return (gradient * factor).to(gradient.dtype)
@@ -110,6 +127,11 @@ _TENSORS = (
 _N_TENSORS, _N_LOSS, _N_WEIGHT = 8, len(LossParams._fields), len(WeightParams._fields)
 
 
+def _serving(x: Tensor) -> Any:
+    """The back end that an operator runs on."""
+    return backends.kernels(backends.choose(x.device))
+
+
 def _define(name: str, arguments: str, returns: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _lib.define(f"{name}({arguments}) -> ({returns})", tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, kernel, "CompositeExplicitAutograd")
@@ -119,15 +141,23 @@ def _define(name: str, arguments: str, returns: str, kernel: Callable[..., Any],
 def _register_autograd(name: str, n_inputs: int, gradients: slice, inputs: Sequence[int]) -> None:
     """``gradients`` of the outputs, followed by their scale, are the derivatives with respect to those inputs."""
 
+    wanted = inputs
+
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.inputs = [weakref.ref(inputs[index]) for index in wanted]
         ctx.save_for_backward(output[gradients.stop], *output[gradients])
 
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         scale, *saved = ctx.saved_tensors
         result: list[Tensor | None] = [None] * n_inputs
-        for index, gradient in zip(inputs, saved, strict=True):
-            if ctx.needs_input_grad[index]:
-                result[index] = _scaled(gradient, scale, upstream)
+        needed = [(i, g) for i, g in zip(wanted, saved, strict=True) if ctx.needs_input_grad[i]]
+        twice = torch.is_grad_enabled()  # create_graph=True
+        with torch.no_grad():
+            scaled = [_scaled(gradient, scale, upstream) for _, gradient in needed]
+        if twice:
+            scaled = refuse_double_backward(scaled, ctx.inputs, upstream)
+        for (index, _), gradient in zip(needed, scaled, strict=True):
+            result[index] = gradient
         return tuple(result)
 
     torch.library.register_autograd(f"fdistill::{name}", backward, setup_context=setup_context, lib=_lib)
@@ -155,7 +185,7 @@ def _fake_loss(
 
 
 def _f_weights(logits: Tensor, t: Tensor | None, bins: Tensor | None, *numbers: Any) -> Any:
-    return _present(backends.kernels(logits.device).f_weights(logits, t, bins, WeightParams(*numbers)), logits)
+    return _present(_serving(logits).f_weights(logits, t, bins, WeightParams(*numbers)), logits)
 
 
 def _f_weights_fake(logits: Tensor, t: Tensor | None, bins: Tensor | None, *numbers: Any) -> Any:
@@ -176,13 +206,17 @@ _define(
 )
 
 
-def f_weights(
+def weights(
     logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """weights [B], the new histogram (empty without one), [ratio mean, clipped low, clipped high] (float64)."""
-    if _traced(logits):
-        return torch.ops.fdistill.f_weights(logits.detach(), t, bins, *params)
-    return backends.kernels(logits.device).f_weights(logits, t, bins, params)
+    backend = _chosen(logits)
+    if backend == "reference":
+        return _reference.weights(logits, t, bins, params)
+    if _traced(logits, t, bins):
+        operands = {"logits": logits, "t": t, "histogram": bins}
+        return _operator(torch.ops.fdistill.f_weights, operands, (), *params)
+    return backends.kernels(backend).f_weights(logits, t, bins, params)
 
 
 # distribution matching ------------------------------------------------------------------------------------------------
@@ -190,7 +224,7 @@ def f_weights(
 
 def _distribution_matching(x: Tensor, teacher: Tensor, fake: Tensor, *rest: Any) -> Any:
     tensors, params, need_grad = rest[:_N_TENSORS], LossParams(*rest[_N_TENSORS:-1]), rest[-1]
-    return _present(backends.kernels(x.device).distribution_matching(x, teacher, fake, tensors, params, need_grad), x)
+    return _present(_serving(x).distribution_matching(x, teacher, fake, tensors, params, need_grad), x)
 
 
 def _distribution_matching_fake(x: Tensor, teacher: Tensor, fake: Tensor, *rest: Any) -> Any:
@@ -214,31 +248,39 @@ def distribution_matching(
     x: Tensor, teacher: Tensor, fake: Tensor, tensors: OptionalTensors, params: LossParams
 ) -> tuple[Tensor, Tensor]:
     """The loss, differentiable in x, and the statistics (empty where none were asked for)."""
+    backend = _chosen(x)
+    if backend == "reference":
+        return _reference.distribution_matching(x, teacher, fake, tensors, params)
     need_grad = x.requires_grad and torch.is_grad_enabled()
     _refuse_tangents(x)
-    if _traced(x):
-        teacher, fake, tensors = teacher.detach(), fake.detach(), _detached(tensors)
-        loss, _, _, stats = torch.ops.fdistill.distribution_matching(x, teacher, fake, *tensors, *params, need_grad)
+    if _traced(x, teacher, fake, *tensors):
+        operands = named(x, teacher, fake, tensors)
+        loss, _, _, stats = _operator(torch.ops.fdistill.distribution_matching, operands, ("x",), *params, need_grad)
         return loss, stats.detach()
-    backend = backends.kernels(x.device)
-    loss, gradient, scale, stats = backend.distribution_matching(x, teacher, fake, tensors, params, need_grad)
-    return (_attach(backend, (loss,), (gradient,), scale, x) if need_grad else loss), stats
+    kernels = backends.kernels(backend)
+    loss, gradient, scale, stats = kernels.distribution_matching(x, teacher, fake, tensors, params, need_grad)
+    return (_attach(kernels, (loss,), (gradient,), scale, x) if need_grad else loss), stats
 
 
 def difference(
-    x: Tensor, teacher: Tensor, fake: Tensor, tensors: OptionalTensors, params: LossParams, out: Tensor | None
+    x: Tensor,
+    teacher: Tensor,
+    fake: Tensor,
+    tensors: OptionalTensors,
+    params: LossParams,
+    out: Tensor | None,
 ) -> Tensor:
     """g itself: the gradient of the sum."""
-    if _traced(x):
+    backend = _chosen(x)
+    if backend == "reference":
+        return _reference.difference(x, teacher, fake, tensors, params, out)
+    if _traced(x, teacher, fake, *tensors, out):
         with torch.no_grad():
-            _, g, scale, _ = torch.ops.fdistill.distribution_matching(x, teacher, fake, *tensors, *params, True)
-            g = _scaled(g, scale, None)
-            return g if out is None else out.copy_(g)
-    return backends.kernels(x.device).difference(x, teacher, fake, tensors, params, out)
-
-
-def _detached(tensors: OptionalTensors) -> OptionalTensors:
-    return tuple(tensor if tensor is None else tensor.detach() for tensor in tensors)  # type: ignore[return-value]
+            wide = x.detach().float() if x.dtype is torch.float16 else x  # whose gradients are stored without a scale
+            operands = named(wide, teacher, fake, tensors)
+            _, g, _, _ = _operator(torch.ops.fdistill.distribution_matching, operands, (), *params, True)
+            return g.to(x.dtype) if out is None else call_named(Tensor.copy_, {"out": out}, g)
+    return backends.kernels(backend).difference(x, teacher, fake, tensors, params, out)
 
 
 # f-distill ------------------------------------------------------------------------------------------------------------
@@ -249,8 +291,7 @@ def _f_distill(
 ) -> Any:
     tensors, numbers, need_grad = rest[:_N_TENSORS], rest[_N_TENSORS:-1], rest[-1]
     weight_params, params = WeightParams(*numbers[:_N_WEIGHT]), LossParams(*numbers[_N_WEIGHT:])
-    backend = backends.kernels(x.device)
-    outputs = backend.f_distill(x, teacher, fake, logits, t, bins, tensors, weight_params, params, need_grad)
+    outputs = _serving(x).f_distill(x, teacher, fake, logits, t, bins, tensors, weight_params, params, need_grad)
     return _present(outputs, x)
 
 
@@ -282,30 +323,24 @@ def f_distill(
     tensors: OptionalTensors,
     weight_params: WeightParams,
     params: LossParams,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The loss, differentiable in x, the statistics, the new histogram (empty without one)."""
+    backend = _chosen(x)
+    if backend == "reference":
+        return _reference.f_distill(x, teacher, fake, logits, t, bins, tensors, weight_params, params)
     need_grad = x.requires_grad and torch.is_grad_enabled()
     _refuse_tangents(x)
-    if _traced(x):
-        teacher, fake, logits, tensors = teacher.detach(), fake.detach(), logits.detach(), _detached(tensors)
-        loss, _, _, stats, bins = torch.ops.fdistill.f_distill(
-            x,
-            teacher,
-            fake,
-            logits,
-            t,
-            bins,
-            *tensors,
-            *weight_params,
-            *params,
-            need_grad,
-        )
+    if _traced(x, teacher, fake, logits, t, bins, *tensors):
+        operands = {"x": x, "teacher": teacher, "fake": fake, "logits": logits, "t": t, "histogram": bins}
+        operands |= dict(zip(OPTIONAL_NAMES, tensors, strict=True))
+        numbers = (*weight_params, *params, need_grad)
+        loss, _, _, stats, bins = _operator(torch.ops.fdistill.f_distill, operands, ("x",), *numbers)
         return loss, stats.detach(), bins.detach()
-    backend = backends.kernels(x.device)
-    loss, gradient, scale, stats, bins = backend.f_distill(
+    kernels = backends.kernels(backend)
+    loss, gradient, scale, stats, bins = kernels.f_distill(
         x, teacher, fake, logits, t, bins, tensors, weight_params, params, need_grad
     )
-    return (_attach(backend, (loss,), (gradient,), scale, x) if need_grad else loss), stats, bins
+    return (_attach(kernels, (loss,), (gradient,), scale, x) if need_grad else loss), stats, bins
 
 
 # score identity -------------------------------------------------------------------------------------------------------
@@ -315,8 +350,7 @@ def _score_identity(
     x: Tensor, teacher: Tensor, fake: Tensor, weight: Any, mask: Any, normalizer: Any, *rest: Any
 ) -> Any:
     params, need_grads = LossParams(*rest[:_N_LOSS]), rest[_N_LOSS:]
-    backend = backends.kernels(x.device)
-    return _present(backend.score_identity(x, teacher, fake, weight, mask, normalizer, params, need_grads), x)
+    return _present(_serving(x).score_identity(x, teacher, fake, weight, mask, normalizer, params, need_grads), x)
 
 
 def _score_identity_fake(
@@ -349,17 +383,21 @@ def score_identity(
     params: LossParams,
 ) -> tuple[Tensor, Tensor]:
     """The loss, differentiable in x, teacher and fake, and the statistics (empty where none were asked for)."""
+    backend = _chosen(x)
+    if backend == "reference" or params.reduction == _NONE:
+        return _reference.score_identity(x, teacher, fake, weight, mask, normalizer, params)
     grad_enabled = torch.is_grad_enabled()
     inputs = (x, teacher, fake)
     need_grads = [grad_enabled and tensor.requires_grad for tensor in inputs]
     _refuse_tangents(*inputs)
-    if _traced(x):
-        weight, mask, normalizer = (v if v is None else v.detach() for v in (weight, mask, normalizer))
-        outputs = torch.ops.fdistill.score_identity(*inputs, weight, mask, normalizer, *params, *need_grads)
+    if _traced(*inputs, weight, mask, normalizer):
+        operands = {"x": x, "teacher": teacher, "fake": fake, "weight": weight, "mask": mask, "normalizer": normalizer}
+        numbers = (*params, *need_grads)
+        outputs = _operator(torch.ops.fdistill.score_identity, operands, ("x", "teacher", "fake"), *numbers)
         return outputs[0], outputs[5].detach()
-    backend = backends.kernels(x.device)
-    loss, *gradients, scale, stats = backend.score_identity(*inputs, weight, mask, normalizer, params, need_grads)
+    kernels = backends.kernels(backend)
+    loss, *gradients, scale, stats = kernels.score_identity(*inputs, weight, mask, normalizer, params, need_grads)
     if any(need_grads):
         wanted = [i for i in range(3) if need_grads[i]]
-        loss = _attach(backend, (loss,), [gradients[i] for i in wanted], scale, *[inputs[i] for i in wanted])
+        loss = _attach(kernels, (loss,), [gradients[i] for i in wanted], scale, *[inputs[i] for i in wanted])
     return loss, stats

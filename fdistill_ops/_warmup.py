@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import _checks
+from ._validation import FLOATS, flag, positive_integer, shown
 from .divergences import Divergence
+from .histogram import RatioHistogram
 from .losses import f_distill_loss
-from .weights import RatioHistogram
 
 
 def warmup(
@@ -49,22 +52,22 @@ def warmup(
         TypeError, ValueError: naming the argument that is wrong.
         RuntimeError: no back end serves the device.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    shapes, dtypes = [tuple(shape) for shape in shapes], list(dtypes)
-    for shape in shapes:
-        if not shape or not all(isinstance(size, int) and size >= 0 for size in shape):
-            raise ValueError(f"shapes must hold shapes [B, ...] of whole numbers, got {shape!r}")
-    for dtype in dtypes:
-        if dtype not in _checks.FLOATS:
-            raise ValueError(f"dtypes must be float32, float64, bfloat16 or float16, got {dtype!r}")
-    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
-        raise ValueError(f"heads must be a positive integer, got {heads!r}")
-    histogram = None if bins is None else RatioHistogram(0.0, 1.0, bins).to(device)
-    logits = torch.zeros((2, heads) if heads > 1 else (2,), device=device)
-    t = None if histogram is None else torch.zeros(2, device=device)
-    for shape in shapes:
-        for dtype in dtypes:
-            x = torch.zeros((2, *shape[1:]), dtype=dtype, device=device, requires_grad=True)
+    target = _device(device)
+    sizes, kinds = _shapes(shapes), _dtypes(dtypes)
+    heads = positive_integer(heads, "heads")
+    flag(guidance, "guidance"), flag(mask, "mask"), flag(return_stats, "return_stats")
+    prediction = _checks.prediction_name(prediction)
+    probe = torch.zeros(1)
+    _checks.f_weights(probe, None, divergence, None, None, None, normalize, 0.0, nonfinite)
+    if isinstance(normalizer, Tensor):
+        raise TypeError("normalizer must be 'mean_abs' or None here")
+    _checks.distribution_matching(probe, probe, probe, normalizer=normalizer, reduction=reduction)
+    histogram = None if bins is None else RatioHistogram(0.0, 1.0, bins).to(target)
+    logits = torch.zeros((2, heads) if heads > 1 else (2,), device=target)
+    t = None if histogram is None else torch.zeros(2, device=target)
+    for shape in sizes:
+        for dtype in kinds:
+            x = torch.zeros((2, *shape[1:]), dtype=dtype, device=target, requires_grad=True)
             other = torch.zeros_like(x, requires_grad=False)
             extra: dict[str, Any] = {}
             if guidance:
@@ -72,9 +75,9 @@ def warmup(
             if mask:
                 extra["mask"] = torch.ones_like(x, dtype=torch.bool)
             if prediction != "x0":
-                schedule = torch.ones(2, dtype=torch.float64, device=device)
+                schedule = torch.ones(2, dtype=torch.float64, device=target)
                 extra |= {"prediction": prediction, "x_t": other, "alpha": schedule, "sigma": schedule}
-            loss = f_distill_loss(
+            result = f_distill_loss(
                 x,
                 other,
                 other,
@@ -89,6 +92,45 @@ def warmup(
                 return_stats=return_stats,
                 **extra,
             )
-            if return_stats:
-                loss, _ = loss
+            loss = result[0] if isinstance(result, tuple) else result
             loss.sum().backward()
+
+
+def _device(device: Any) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"device must be a device or its name, got {shown(device)}")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a device or its name, got {shown(device)}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {shown(device)} is not there: PyTorch sees {torch.cuda.device_count()} CUDA device(s)"
+        )
+    return found
+
+
+def _shapes(shapes: Any) -> list[tuple[int, ...]]:
+    try:
+        found = [tuple(shape) for shape in shapes]
+    except TypeError:
+        raise TypeError(f"shapes must hold shapes [B, ...], got {shown(shapes)}") from None
+    for shape in found:
+        if not shape or not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in shape):
+            raise ValueError(f"shapes must hold shapes [B, ...] of whole numbers, got {shown(shape)}")
+        if 2 * math.prod(shape[1:]) >= 1 << 60:
+            raise ValueError(f"shapes holds one too large for any memory: {shown(shape)}")
+    return found
+
+
+def _dtypes(dtypes: Any) -> list[torch.dtype]:
+    try:
+        found = list(dtypes)
+    except TypeError:
+        raise TypeError(f"dtypes must hold dtypes, got {shown(dtypes)}") from None
+    for dtype in found:
+        if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
+            raise ValueError(f"dtypes must be float32, float64, bfloat16 or float16, got {shown(dtype)}")
+    return found

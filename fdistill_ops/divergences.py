@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from ._validation import flag, number, real, same_device, shown
+
 ScalarMap = Callable[[Tensor], Tensor]
 _ALPHA_KIND = 8
 
@@ -237,13 +239,13 @@ def get_divergence(name: str | Divergence, a: float | None = None) -> Divergence
         a: the parameter of the alpha family.
 
     Raises:
-        TypeError: name is neither a string nor a Divergence.
+        TypeError: name is neither a string nor a Divergence; a is no number.
         ValueError: unknown name (the message lists the known ones and the nearest), a not finite, or a given to a
             divergence that has no parameter.
     """
     if isinstance(name, Divergence):
         if a is None or name.kind == _ALPHA_KIND:
-            return name if a is None else _alpha(_finite_parameter(a))
+            return name if a is None else _alpha(number(a, "a"))
         raise ValueError(f"a: divergence {name.name!r} has no parameter")
     if a is None and type(name) is str and name in _aliases:
         return _registry[_aliases[name]]
@@ -254,7 +256,7 @@ def get_divergence(name: str | Divergence, a: float | None = None) -> Divergence
     if spelled:
         if a is not None:
             raise ValueError(f"a: given twice, by divergence={name!r} and a={a!r}")
-        return _alpha(_finite_parameter(spelled.group(1)))
+        return _alpha(_spelled(spelled.group(1)))
     if key not in _aliases:
         nearest = max(_aliases, key=lambda alias: _likeness(key, alias))
         hint = f"; did you mean {_aliases[nearest]!r}?"
@@ -269,17 +271,20 @@ def get_divergence(name: str | Divergence, a: float | None = None) -> Divergence
         return found
     if found.kind != _ALPHA_KIND:
         raise ValueError(f"a: divergence {found.name!r} has no parameter")
-    return _alpha(_finite_parameter(a))
+    return _alpha(number(a, "a"))
 
 
-def _finite_parameter(a: Any) -> float:
+def divergence_of(kind: int, a: float) -> Divergence:
+    """The divergence that the kernels know by this code; ``a``: the parameter of the alpha family."""
+    return _alpha(a) if kind == _ALPHA_KIND else _TABLE[kind][1]
+
+
+def _spelled(text: str) -> float:
+    """The parameter in a name."""
     try:
-        value = float(a)
-    except (TypeError, ValueError):
-        raise ValueError(f"a: the parameter of the alpha family must be a number, got {a!r}") from None
-    if not math.isfinite(value):
-        raise ValueError(f"a: the parameter of the alpha family must be finite, got {a!r}")
-    return value
+        return number(float(text), "a")
+    except ValueError:
+        raise ValueError(f"a: the parameter of the alpha family must be a finite number, got {shown(text)}") from None
 
 
 def register_divergence(
@@ -304,16 +309,17 @@ def register_divergence(
         The Divergence, which every ``divergence=`` argument now knows by its name.
 
     Raises:
-        TypeError: name is no string, h is not callable.
+        TypeError: name or an alias is no string, h is not callable, overwrite no bool.
         ValueError: both or neither of f and h; a name or alias in use; an expression that does not parse, has another
             variable than r or a function PyTorch lacks; an h that is negative or not finite somewhere on
             r = exp(l), l in [-10, 10]. Nothing is registered then.
     """
     if not isinstance(name, str) or not name.strip():
-        raise TypeError(f"name must be a non-empty string, got {name!r}")
+        raise TypeError(f"name must be a non-empty string, got {shown(name)}")
     if (f is None) == (h is None):
         raise ValueError("f, h: give exactly one of the two")
-    aliases = tuple(aliases)
+    aliases = _alias_names(aliases)
+    flag(overwrite, "overwrite")
     builtin = {_normalized(entry.name) for _, entry in _TABLE}
     for label in (name, *aliases):
         if _ALPHA_SPELLING.match(label.strip().lower()):
@@ -346,6 +352,16 @@ def register_divergence(
     return divergence
 
 
+def _alias_names(aliases: Any) -> tuple[str, ...]:
+    if isinstance(aliases, str | bytes) or not isinstance(aliases, Iterable):
+        raise TypeError(f"aliases must be an iterable of names, got {shown(aliases)}")
+    names = tuple(aliases)
+    for alias in names:
+        if not isinstance(alias, str) or not alias.strip():
+            raise TypeError(f"aliases must be non-empty strings, got {shown(alias)}")
+    return names
+
+
 def _check_weight(name: str, h: ScalarMap) -> None:
     log_r = torch.linspace(-10.0, 10.0, 2001, dtype=torch.float64, device="cpu")
     log_r[1000] = 0.0
@@ -359,6 +375,12 @@ def _check_weight(name: str, h: ScalarMap) -> None:
         raise ValueError(
             f"h: divergence {name!r}: h must map a tensor of shape {tuple(r.shape)} to that shape, got {got}"
         )
+    try:
+        real(value, "its result")
+        same_device(value, "its result", r, "r")
+        value = value.detach().double()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"h: divergence {name!r}: h must map real numbers to real numbers: {error}") from None
     for bad, what in ((~value.isfinite(), "not finite"), (value < 0, "negative (f is not convex there)")):
         if bool(bad.any()):
             at = int(bad.nonzero()[0])

@@ -1,22 +1,86 @@
-"""The losses: argument checks, then the operators (or, on the reference back end, the reference)."""
+"""The losses: argument checks, then the operation on whichever back end serves it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 from torch import Tensor
 
-from . import _checks, _ops, backends, reference
+from . import _checks, _composition, _ops, _reference
+from ._validation import number
 from .divergences import Divergence
-from .stats import RATIO_FIELDS, LossStats
-from .weights import RatioHistogram, needs_stages
+from .histogram import RatioHistogram
+from .stats import LossStats
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-def _implementation(x: Tensor) -> Any:
-    """The operators; on the reference back end the reference, whose functions have the same signatures."""
-    return reference if backends.choose(x.device) == "reference" else _ops
+# What the overloads below share, for type checkers alone.
+class _Common(TypedDict, total=False):
+    mask: Tensor | None
+    normalizer: str | Tensor | None
+    eps: float
+    nonfinite: str
+    weight: Tensor | float | None
 
 
+class _Reduced(_Common, total=False):
+    reduction: str
+
+
+class _Matching(_Common, total=False):
+    teacher_uncond: Tensor | None
+    guidance_scale: float | Tensor | None
+    prediction: str
+    x_t: Tensor | None
+    alpha: Tensor | float | None
+    sigma: Tensor | float | None
+    max_norm: float | None
+
+
+class MatchingOptions(_Matching, _Reduced, total=False):
+    """Keyword arguments of :func:`distribution_matching_loss`, but ``return_stats``."""
+
+
+class FDistillOptions(MatchingOptions, total=False):
+    """Keyword arguments of :func:`f_distill_loss`, but ``return_stats``."""
+
+    divergence: str | Divergence
+    logit_clip: float | None
+    ratio_clip: tuple[float, float] | None
+    histogram: RatioHistogram | None
+    normalize: str | None
+    group: Any
+
+
+class ScoreIdentityOptions(_Reduced, total=False):
+    """Keyword arguments of :func:`score_identity_loss`, but ``return_stats``."""
+
+    alpha: float
+
+
+class ScoreDifference(NamedTuple):
+    """What :func:`f_score_difference` returns."""
+
+    g: Tensor
+    """[B, ...] in x's shape and dtype: the weighted score difference."""
+    weights: Tensor
+    """[B]: the f-weights, as :func:`fdistill_ops.f_weights` returns them."""
+
+
+@overload
+def distribution_matching_loss(
+    x: Tensor, teacher: Tensor, fake: Tensor, *, return_stats: Literal[False] = ..., **options: Unpack[MatchingOptions]
+) -> Tensor: ...
+@overload
+def distribution_matching_loss(
+    x: Tensor, teacher: Tensor, fake: Tensor, *, return_stats: Literal[True], **options: Unpack[MatchingOptions]
+) -> tuple[Tensor, LossStats]: ...
+@overload
+def distribution_matching_loss(
+    x: Tensor, teacher: Tensor, fake: Tensor, *, return_stats: bool, **options: Unpack[MatchingOptions]
+) -> Tensor | tuple[Tensor, LossStats]: ...
 def distribution_matching_loss(
     x: Tensor,
     teacher: Tensor,
@@ -33,6 +97,7 @@ def distribution_matching_loss(
     normalizer: str | Tensor | None = "mean_abs",
     eps: float = 1e-6,
     nonfinite: str = "propagate",
+    max_norm: float | None = None,
     reduction: str = "mean",
     return_stats: bool = False,
 ) -> Any:
@@ -51,23 +116,31 @@ def distribution_matching_loss(
     Args:
         x: [B, ...], the student's sample, float32, float64, bfloat16 or float16, any strides.
         teacher, fake: x's shape, any of those dtypes: predictions of the teacher's and of the student's ("fake") score.
-        weight: a number, or a tensor whose shape is a leading part of x's: [B], [B, F] for video frames.
-        teacher_uncond, guidance_scale: classifier-free guidance of the teacher; the scale is a float or [B].
-        mask: bool, x's shape (``mask.expand_as(x)`` costs nothing): what counts in the loss. The normaliser ignores
-            it. An empty mask gives a loss and a gradient of 0.
+        weight: a number, or a tensor whose shape is a leading part of x's ([B], [B, F] for video frames) or that
+            broadcasts to it in as many dimensions ([B, 1, 1, 1], [B, 1, H, W]).
+        teacher_uncond, guidance_scale: classifier-free guidance of the teacher; the scale is a float, [B] or
+            [B, 1, ..., 1].
+        mask: bool, of a shape that broadcasts to x's ([B, 1, H, W], [H, W]), or [B], or another leading part of x's
+            shape: what counts in the loss. One dimension of B elements is the batch. The normaliser ignores the mask.
+            An empty one gives a loss and a gradient of 0.
         prediction: what teacher, fake and teacher_uncond predict: ``"x0"``, ``"eps"``, ``"v"``, ``"flow"`` (eps -
-            x0) or ``"score"``; converted in the kernel.
+            x0) or ``"score"``, or diffusers' names (``"sample"``, ``"epsilon"``, ``"v_prediction"``,
+            ``"flow_prediction"``); converted in the kernel.
         x_t, alpha, sigma: for a prediction other than x0: the noisy input x_t = alpha x0 + sigma eps in x's shape, and
-            its schedule, numbers or leading parts of x's shape (float64 keeps its precision).
-        normalizer: ``"mean_abs"``; None for 1; or a tensor [B] that is n_b itself.
+            its schedule, of shapes as the weight's (float64 keeps its precision).
+        normalizer: ``"mean_abs"``; None for no division: the factor is w, and eps plays no part; or a tensor [B] (or
+            [B, 1, ..., 1]) that is n_b itself.
         eps: added to n_b.
         nonfinite: ``"propagate"`` or ``"zero"`` for elements of g that are NaN or infinite.
-        reduction: ``"mean"`` over the mask, ``"sum"``, or ``"sample"``: [B], each sample's mean over its mask.
+        max_norm: g of each sample is scaled down to this L2 norm over the mask, where it is above. g is computed once
+            more for it. The statistics are those of the scaled g and weight.
+        reduction: ``"mean"`` over the mask, ``"sum"``, ``"sample"``: [B], each sample's mean over its mask, or
+            ``"none"``: each element's 0.5 g^2 in x's shape, 0 outside the mask, whose derivative is g.
         return_stats: also return :class:`~fdistill_ops.stats.LossStats`.
 
     Returns:
-        The loss, float32 (float64 where an input is), 0-dimensional or [B]; with return_stats, (loss, stats). The
-        gradient arrives in x's dtype.
+        The loss, float32 (float64 where an input is), 0-dimensional, [B] or in x's shape; with return_stats, (loss,
+        stats). The gradient arrives in x's dtype.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, before any kernel runs.
@@ -90,7 +163,7 @@ def distribution_matching_loss(
         reduction,
         return_stats,
     )
-    loss, stats = _implementation(x).distribution_matching(x, teacher, fake, tensors, params)
+    loss, stats = _composition.matching(_ops, (x, teacher, fake), tensors, params, _checks.max_norm(max_norm))
     return (loss, LossStats(stats)) if return_stats else loss
 
 
@@ -110,6 +183,7 @@ def score_difference(
     normalizer: str | Tensor | None = "mean_abs",
     eps: float = 1e-6,
     nonfinite: str = "propagate",
+    max_norm: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """g of :func:`distribution_matching_loss` itself, for ``x.backward(g)``; 0 outside the mask.
@@ -142,11 +216,45 @@ def score_difference(
         nonfinite,
         "sum",
     )
+    limit, inputs = _checks.max_norm(max_norm), (x, teacher, fake)
     if out is not None:
-        _checks.output(out, x, teacher, fake, *tensors)
-    return _implementation(x).difference(x, teacher, fake, tensors, params, out)
+        _checks.output(out, *inputs, *tensors)
+    return _composition.difference(_ops, inputs, tensors, params, limit, out)
 
 
+@overload
+def f_distill_loss(
+    x: Tensor,
+    teacher: Tensor,
+    fake: Tensor,
+    logits: Tensor,
+    t: Tensor | None = ...,
+    *,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[FDistillOptions],
+) -> Tensor: ...
+@overload
+def f_distill_loss(
+    x: Tensor,
+    teacher: Tensor,
+    fake: Tensor,
+    logits: Tensor,
+    t: Tensor | None = ...,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[FDistillOptions],
+) -> tuple[Tensor, LossStats]: ...
+@overload
+def f_distill_loss(
+    x: Tensor,
+    teacher: Tensor,
+    fake: Tensor,
+    logits: Tensor,
+    t: Tensor | None = ...,
+    *,
+    return_stats: bool,
+    **options: Unpack[FDistillOptions],
+) -> Tensor | tuple[Tensor, LossStats]: ...
 def f_distill_loss(
     x: Tensor,
     teacher: Tensor,
@@ -160,6 +268,7 @@ def f_distill_loss(
     histogram: RatioHistogram | None = None,
     normalize: str | None = "mean",
     group: Any = None,
+    weight: Tensor | float | None = None,
     teacher_uncond: Tensor | None = None,
     guidance_scale: float | Tensor | None = None,
     mask: Tensor | None = None,
@@ -170,6 +279,7 @@ def f_distill_loss(
     normalizer: str | Tensor | None = "mean_abs",
     eps: float = 1e-6,
     nonfinite: str = "propagate",
+    max_norm: float | None = None,
     reduction: str = "mean",
     return_stats: bool = False,
 ) -> Any:
@@ -179,6 +289,7 @@ def f_distill_loss(
     Args:
         logits, t, divergence, logit_clip, ratio_clip, histogram, normalize, group: as in
             :func:`fdistill_ops.f_weights`. Nothing flows to the logits.
+        weight: multiplies the f-weights: w(t) h(r), say. Weights and loss are then two operations, as with max_norm.
         eps, nonfinite: of both operations.
         The others are those of :func:`distribution_matching_loss`.
 
@@ -189,14 +300,12 @@ def f_distill_loss(
     Raises:
         TypeError, ValueError: naming the argument that is wrong; the histogram has not changed then.
     """
-    t, found, weight_params = _checks.f_weights(
-        logits, t, divergence, logit_clip, ratio_clip, histogram, normalize, eps, nonfinite
-    )
+    call = _checks.f_weights(logits, t, divergence, logit_clip, ratio_clip, histogram, normalize, eps, nonfinite, group)
     tensors, params = _checks.distribution_matching(
         x,
         teacher,
         fake,
-        None,
+        weight,
         teacher_uncond,
         guidance_scale,
         mask,
@@ -210,22 +319,93 @@ def f_distill_loss(
         reduction,
         return_stats,
     )
-    _checks.same_batch(logits, x)
-    bins = None if histogram is None else histogram.bins
-    if needs_stages(logits, found, group):
-        weight, bins, ratio_stats = reference.staged_f_weights(
-            logits, t, bins, found, weight_params, reference.all_reduce(group)
-        )
-        loss, stats = _implementation(x).distribution_matching(x, teacher, fake, (weight, *tensors[1:]), params)
-        if return_stats:
-            stats[RATIO_FIELDS] = ratio_stats.to(stats.dtype)
-    else:
-        loss, stats, bins = _ops.f_distill(x, teacher, fake, logits, t, bins, tensors, weight_params, params)
-    if histogram is not None:
-        histogram.record(bins)
+    _checks.same_batch(call.logits, x)
+    limit, inputs = _checks.max_norm(max_norm), (x, teacher, fake)
+    loss, stats = _composition.f_distill(_ops, inputs, call, tensors, params, limit)
     return (loss, LossStats(stats)) if return_stats else loss
 
 
+def f_score_difference(
+    x: Tensor,
+    teacher: Tensor,
+    fake: Tensor,
+    logits: Tensor,
+    t: Tensor | None = None,
+    *,
+    divergence: str | Divergence = "js",
+    logit_clip: float | None = 10.0,
+    ratio_clip: tuple[float, float] | None = (0.1, 20.0),
+    histogram: RatioHistogram | None = None,
+    normalize: str | None = "mean",
+    group: Any = None,
+    weight: Tensor | float | None = None,
+    teacher_uncond: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    prediction: str = "x0",
+    x_t: Tensor | None = None,
+    alpha: Tensor | float | None = None,
+    sigma: Tensor | float | None = None,
+    normalizer: str | Tensor | None = "mean_abs",
+    eps: float = 1e-6,
+    nonfinite: str = "propagate",
+    max_norm: float | None = None,
+    out: Tensor | None = None,
+) -> ScoreDifference:
+    """g of :func:`f_distill_loss` itself, for ``x.backward(g)``, and the f-weights it was made with.
+
+    Args:
+        out: as in :func:`score_difference`.
+        The others are those of :func:`f_distill_loss`.
+
+    Returns:
+        :class:`ScoreDifference`, a pair (g, weights), detached.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong; the histogram has not changed then.
+    """
+    call = _checks.f_weights(logits, t, divergence, logit_clip, ratio_clip, histogram, normalize, eps, nonfinite, group)
+    tensors, params = _checks.distribution_matching(
+        x,
+        teacher,
+        fake,
+        weight,
+        teacher_uncond,
+        guidance_scale,
+        mask,
+        prediction,
+        x_t,
+        alpha,
+        sigma,
+        normalizer,
+        eps,
+        nonfinite,
+        "sum",
+    )
+    _checks.same_batch(call.logits, x)
+    limit, inputs = _checks.max_norm(max_norm), (x, teacher, fake)
+    if out is not None:
+        _checks.output(out, *inputs, *tensors, call=call)
+    return ScoreDifference(*_composition.f_difference(_ops, inputs, call, tensors, params, limit, out))
+
+
+@overload
+def score_identity_loss(
+    x: Tensor,
+    teacher: Tensor,
+    fake: Tensor,
+    *,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[ScoreIdentityOptions],
+) -> Tensor: ...
+@overload
+def score_identity_loss(
+    x: Tensor, teacher: Tensor, fake: Tensor, *, return_stats: Literal[True], **options: Unpack[ScoreIdentityOptions]
+) -> tuple[Tensor, LossStats]: ...
+@overload
+def score_identity_loss(
+    x: Tensor, teacher: Tensor, fake: Tensor, *, return_stats: bool, **options: Unpack[ScoreIdentityOptions]
+) -> Tensor | tuple[Tensor, LossStats]: ...
 def score_identity_loss(
     x: Tensor,
     teacher: Tensor,
@@ -252,10 +432,12 @@ def score_identity_loss(
         alpha: the coefficient of the squared score difference (SiD trains with 1 to 1.2).
         nonfinite: ``"propagate"`` or ``"zero"`` for elements whose term or one of whose derivatives is not finite.
         weight, mask, normalizer, eps, reduction, return_stats: as in :func:`distribution_matching_loss`; the
-            statistics of g are those of w (F - T) / (n_b + eps).
+            statistics of g are those of w (F - T) / (n_b + eps). Without a reduction PyTorch evaluates the formula,
+            on every back end.
 
     Returns:
-        The loss, float32 (float64 where an input is), 0-dimensional or [B]; with return_stats, (loss, stats).
+        The loss, float32 (float64 where an input is), 0-dimensional, [B] or in x's shape; with return_stats,
+        (loss, stats).
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, before any kernel runs.
@@ -271,9 +453,10 @@ def score_identity_loss(
         nonfinite=nonfinite,
         reduction=reduction,
         return_stats=return_stats,
-        identity_alpha=_checks.number(alpha, "alpha"),
+        identity_alpha=number(alpha, "alpha"),
     )
-    loss, stats = _implementation(x).score_identity(x, teacher, fake, tensors[0], tensors[3], tensors[7], params)
+    weight, _, _, mask, _, _, _, rows = tensors
+    loss, stats = _ops.score_identity(x, teacher, fake, weight, mask, rows, params)
     return (loss, LossStats(stats)) if return_stats else loss
 
 
@@ -289,7 +472,7 @@ def gan_generator_loss(logits: Tensor) -> Tensor:
     Raises:
         TypeError: logits is no dense floating tensor.
     """
-    return reference.gan_generator_loss(logits)
+    return _reference.gan_generator_loss(logits)
 
 
 def gan_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -305,4 +488,4 @@ def gan_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     Raises:
         TypeError: an argument is no dense floating tensor.
     """
-    return reference.gan_discriminator_loss(real_logits, fake_logits)
+    return _reference.gan_discriminator_loss(real_logits, fake_logits)

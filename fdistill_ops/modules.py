@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import _checks
 from .divergences import Divergence, get_divergence
-from .losses import f_distill_loss
-from .weights import RatioHistogram, f_weights
+from .histogram import RatioHistogram
+from .losses import FDistillOptions, f_distill_loss
+from .stats import LossStats
+from .weights import f_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class FDistillLoss(torch.nn.Module):
@@ -64,11 +69,35 @@ class FDistillLoss(torch.nn.Module):
         _checks.f_weights(probe, None, self.divergence, logit_clip, ratio_clip, None, normalize, eps, nonfinite)
         _checks.distribution_matching(probe, probe, probe, normalizer=normalizer, reduction=reduction)
 
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        teacher: Tensor,
+        fake: Tensor,
+        logits: Tensor,
+        t: Tensor | None = ...,
+        *,
+        return_stats: Literal[False] = ...,
+        **arguments: Unpack[FDistillOptions],
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        teacher: Tensor,
+        fake: Tensor,
+        logits: Tensor,
+        t: Tensor | None = ...,
+        *,
+        return_stats: Literal[True],
+        **arguments: Unpack[FDistillOptions],
+    ) -> tuple[Tensor, LossStats]: ...
     def forward(
         self, x: Tensor, teacher: Tensor, fake: Tensor, logits: Tensor, t: Tensor | None = None, **arguments: Any
     ) -> Any:
-        """The loss; ``arguments`` are the remaining ones of :func:`fdistill_ops.f_distill_loss` (guidance, mask,
-        prediction, return_stats), or override a setting."""
+        """The loss; ``arguments`` are the remaining ones of :func:`fdistill_ops.f_distill_loss` (weight, guidance,
+        mask, prediction, return_stats), or override a setting."""
         return f_distill_loss(
             x,
             teacher,
@@ -78,6 +107,9 @@ class FDistillLoss(torch.nn.Module):
             **({"divergence": self.divergence, "histogram": self.histogram} | self.settings | arguments),
             group=self._group(),
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def weights(self, logits: Tensor, t: Tensor | None = None) -> Tensor:
         """The weights [B] that forward would use: :func:`fdistill_ops.f_weights` with this module's settings. In

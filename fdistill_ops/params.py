@@ -9,7 +9,10 @@ import math
 from typing import NamedTuple, get_type_hints
 
 PREDICTIONS = {"x0": 0, "eps": 1, "v": 2, "flow": 3, "score": 4}
-REDUCTIONS = {"mean": 0, "sum": 1, "sample": 2}
+PREDICTION_ALIASES = {"sample": "x0", "epsilon": "eps", "v_prediction": "v", "flow_prediction": "flow"}
+"""The names that diffusers' schedulers give them."""
+REDUCTIONS = {"mean": 0, "sum": 1, "sample": 2, "none": 3}
+"""Kernels know the first three."""
 NORMALIZERS = {None: 0, "mean_abs": 1, "tensor": 2}
 
 

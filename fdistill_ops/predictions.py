@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._validation import call_named, floating, rows, same_device
 
 
 def x0_coefficients(prediction: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,9 +44,10 @@ def to_x0(
     Args:
         pred: [B, ...], float32, float64, bfloat16 or float16.
         x_t: the noisy input, in pred's shape, of any of those dtypes.
-        prediction: ``"eps"``, ``"v"``, ``"flow"`` (u = eps - x0), ``"score"`` or ``"x0"`` (returned as it is).
-        alpha, sigma: numbers, or tensors whose shape is a leading part of pred's ([B], [B, F]); float64 schedules keep
-            their precision.
+        prediction: ``"eps"``, ``"v"``, ``"flow"`` (u = eps - x0), ``"score"`` or ``"x0"`` (returned as it is); or
+            diffusers' ``"epsilon"``, ``"v_prediction"``, ``"flow_prediction"``, ``"sample"``.
+        alpha, sigma: numbers, or tensors whose shape is a leading part of pred's ([B], [B, F]) or broadcasts to it
+            ([B, 1, 1, 1]); float64 schedules keep their precision.
 
     Returns:
         [B, ...] in pred's dtype, computed in float32 (float64 where pred or x_t is), differentiable in pred and x_t.
@@ -53,16 +55,19 @@ def to_x0(
     Raises:
         TypeError, ValueError: naming the argument, for a wrong type, dtype, shape, device or prediction.
     """
-    _checks.floating(pred, "pred")
-    code = _checks.prediction_code(prediction)
-    _checks.floating(x_t, "x_t")
+    floating(pred, "pred")
+    prediction = _checks.prediction_name(prediction)
+    floating(x_t, "x_t")
     if x_t.shape != pred.shape:
         raise ValueError(f"x_t has shape {tuple(x_t.shape)}, but pred has shape {tuple(pred.shape)}")
-    if x_t.device != pred.device:
-        raise ValueError(f"x_t is on {x_t.device}, but pred is on {pred.device}")
-    alpha, sigma = _checks.leading(alpha, "alpha", pred, "pred"), _checks.leading(sigma, "sigma", pred, "pred")
-    if code == 0:
+    same_device(x_t, "x_t", pred, "pred")
+    alpha, sigma = rows(alpha, "alpha", pred, "pred"), rows(sigma, "sigma", pred, "pred")
+    if prediction == "x0":
         return pred
     dtype = torch.float64 if torch.float64 in (pred.dtype, x_t.dtype) else torch.float32
-    a, c = (v.to(dtype) for v in x0_coefficients(prediction, rows_like(alpha, pred), rows_like(sigma, pred)))
-    return (a * x_t.to(dtype) + c * pred.to(dtype)).to(pred.dtype)
+
+    def convert(pred: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        a, c = (v.to(dtype) for v in x0_coefficients(prediction, rows_like(alpha, pred), rows_like(sigma, pred)))
+        return (a * x_t.to(dtype) + c * pred.to(dtype)).to(pred.dtype)
+
+    return call_named(convert, {"pred": pred, "x_t": x_t, "alpha": alpha, "sigma": sigma})

@@ -43,6 +43,9 @@ class LossStats:
 
     Those of the normaliser, the weight and the ratio are over the finite values, NaN where there are none; grad_norm
     and grad_mean_abs are not finite where g is not, unless ``nonfinite="zero"`` has made that zero.
+
+    Raises:
+        TypeError: vector is no tensor [14].
     """
 
     __slots__ = ("vector",)
@@ -63,6 +66,9 @@ class LossStats:
     nonfinite: Tensor
 
     def __init__(self, vector: Tensor) -> None:
+        if not isinstance(vector, Tensor) or vector.shape != (len(FIELDS),):
+            got = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+            raise TypeError(f"vector must be a tensor [{len(FIELDS)}], got {got}")
         self.vector = vector
 
     def to_dict(self) -> dict[str, float]:

@@ -4,12 +4,16 @@ Hypothesis strategies for whole sets of loss arguments (shapes, dtypes, layouts,
 comparisons whose tolerance is derived from the arithmetic instead of chosen, and :func:`poison`, which makes unwritten
 outputs show::
 
-    @hypothesis.given(fd.testing.loss_arguments())
+    @hypothesis.given(fd.testing.loss_arguments(only={"weight", "mask"}))
     def test_mine(arguments):
+        x = arguments["x"]
         expected = fd.reference.distribution_matching_loss(**arguments)
+        (wanted,) = torch.autograd.grad(expected, x)
         with fd.testing.poison():
-            actual = my_loss(**arguments)
-        fd.testing.assert_close(actual, expected, ulps=4, terms=arguments["x"].numel())
+            actual = my_loss(**arguments)  # takes x, teacher, fake, and a weight and a mask or None
+            (gradient,) = torch.autograd.grad(actual, x)
+        fd.testing.assert_close(actual, expected, ulps=4, terms=x.numel())
+        fd.testing.assert_gradient_close(gradient, wanted, roundings=2)
 
 Hypothesis is imported when a strategy is asked for, not with this module.
 """
@@ -18,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +86,12 @@ def _poisoned(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
             return tensor.fill_(math.nan)
-        return tensor.fill_(True if tensor.dtype is torch.bool else torch.iinfo(tensor.dtype).max)
+        if tensor.dtype is torch.bool:
+            return tensor.fill_(True)
+        try:
+            return tensor.fill_(torch.iinfo(tensor.dtype).max)
+        except TypeError:  # of less than a byte, or quantized: nothing can be written
+            return tensor
 
 
 @contextlib.contextmanager
@@ -200,10 +209,10 @@ def assert_gradient_close(actual: Tensor, expected: Tensor, *, roundings: float 
     """Asserts that a gradient as a whole is the expected one up to ``roundings`` roundings to its dtype (plus a few in
     the arithmetic of the losses, float32 or float64): relative L2 error at most roundings * u, 1 - cosine at most its
     square, and a bias that shrinks with the square root of the number of distinct elements, as independent roundings'
-    does."""
+    does. Elements that are not finite must be the same in both, and count nothing."""
     dtype = actual.dtype
     work = unit_roundoff(torch.float64 if dtype is torch.float64 else torch.float32)
-    want = expected.detach().double().cpu()
+    got, want = _finite_parts(actual.detach().double().cpu(), expected.detach().double().cpu(), dtype, what)
     norm = float(want.norm())
     # One rounding errs by at most u relative, and by half the smallest subnormal where the value is subnormal.
     info = torch.finfo(dtype)
@@ -216,7 +225,7 @@ def assert_gradient_close(actual: Tensor, expected: Tensor, *, roundings: float 
     values, group = want.abs().reshape(-1).unique(return_inverse=True)
     shares = torch.zeros_like(values).index_add_(0, group, (rounding * want.abs()).reshape(-1))
     independent = float(shares.norm()) / norm**2 if norm else 0.0
-    errors = gradient_errors(actual.cpu(), want)
+    errors = gradient_errors(got, want)
     slack = 4 * torch.finfo(torch.float64).eps
     for name, value, limit in (
         ("relative L2 error", errors.relative_l2, bound),
@@ -224,6 +233,17 @@ def assert_gradient_close(actual: Tensor, expected: Tensor, *, roundings: float 
         ("bias", abs(errors.bias), 6 * roundings * independent + arithmetic + bound**2),
     ):
         assert value <= limit, f"{what}: {name} is {value:.4g}, allowed {limit:.4g} ({errors})"
+
+
+def _finite_parts(got: Tensor, want: Tensor, dtype: torch.dtype, what: str) -> tuple[Tensor, Tensor]:
+    """Both with zeros where one of them is not finite: there they must agree, up to one rounding at the end of the
+    range."""
+    info = torch.finfo(dtype)
+    bad = ~(got.isfinite() & want.isfinite())
+    beyond = (got.abs() >= info.max * (1 - info.eps)) & (want.abs() >= info.max * (1 - info.eps))
+    same = (got.isnan() & want.isnan()) | (beyond & (got.sign() == want.sign()))
+    assert bool(same[bad].all()), f"{what}: {int((bad & ~same).sum())} of {bad.numel()} elements differ in being finite"
+    return torch.where(bad, 0.0, got), torch.where(bad, 0.0, want)
 
 
 # ------------------------------------------------------------------------------------------------------------ layouts
@@ -399,6 +419,16 @@ def times(
     )
 
 
+# Arguments that are drawn together: naming one is naming the others.
+_TOGETHER = (
+    {"teacher_uncond", "guidance_scale"},
+    {"prediction", "x_t", "alpha", "sigma"},
+    {"logit_clip", "ratio_clip"},
+)
+_OF_LOSSES = {"weight", "mask", "normalizer", "eps", "nonfinite", "reduction", *_TOGETHER[0], *_TOGETHER[1]}
+_OF_WEIGHTS = {"divergence", "normalize", *_TOGETHER[2]}
+
+
 def loss_arguments(
     *,
     shape: Sequence[int] | None = None,
@@ -407,26 +437,43 @@ def loss_arguments(
     nonfinite: bool = False,
     requires_grad: bool = True,
     device: torch.device | str = "cpu",
+    only: Collection[str] | None = None,
+    layout: str | None = None,
+    mixed: bool = True,
 ) -> SearchStrategy[dict[str, Any]]:
     """A full set of keyword arguments of :func:`fdistill_ops.distribution_matching_loss`, or of
     :func:`fdistill_ops.f_distill_loss` with ``f_distill``: guidance, mask, prediction, normaliser, reduction, weights
     and mixed dtypes and layouts all vary.
 
     Args:
-        shape, dtype: of x; drawn where None. The dtypes of the other tensors vary in any case.
+        shape, dtype: of x; drawn where None.
         nonfinite: some elements, logits and times are not finite.
         requires_grad: x is a leaf that requires a gradient.
+        only: names of the optional arguments that are drawn, for a kernel that takes no others: ``{"weight", "mask"}``,
+            say. One of teacher_uncond and guidance_scale stands for both, one of prediction, x_t, alpha and sigma for
+            the four, one of logit_clip and ratio_clip for both. None: all; with ``f_distill`` without a weight.
+        layout: of all tensors, a name that :func:`lay_out` knows; drawn for each where None.
+        mixed: the dtypes of the other tensors may differ from x's.
+
+    Raises:
+        ValueError: only holds the name of no such argument.
     """
     from hypothesis import strategies as st
+
+    known = _OF_LOSSES | (_OF_WEIGHTS if f_distill else set())
+    if isinstance(only, str) or (only is not None and not known.issuperset(only)):
+        raise ValueError(f"only must hold names among {', '.join(sorted(known))}; got {only!r}")
+    named = known - ({"weight"} if f_distill else set()) if only is None else set(only)
+    named = named.union(*(group for group in _TOGETHER if group & named))
 
     @st.composite
     def build(draw: DrawFn) -> dict[str, Any]:
         size = draw(shapes()) if shape is None else tuple(shape)
         x_dtype = draw(dtypes()) if dtype is None else dtype
-        other = x_dtype if draw(st.booleans()) else draw(dtypes())
+        other = x_dtype if not mixed or draw(st.booleans()) else draw(dtypes())
 
         def like_x(of: torch.dtype) -> Tensor:
-            return draw(tensors(size, dtype=of, nonfinite=nonfinite, device=device))
+            return draw(tensors(size, dtype=of, layout=layout, nonfinite=nonfinite, device=device))
 
         def rows(low: float, high: float) -> float | Tensor:
             if draw(st.booleans()):
@@ -438,34 +485,40 @@ def loss_arguments(
 
         x = like_x(x_dtype).requires_grad_(requires_grad)
         arguments: dict[str, Any] = {"x": x, "teacher": like_x(other), "fake": like_x(other)}
-        if draw(st.booleans()):
+        if "guidance_scale" in named and draw(st.booleans()):
             arguments["teacher_uncond"] = like_x(other)
             scale = draw(st.floats(-2.0, 8.0, width=32))
             per_sample = torch.full(size[:1], scale, device=device) + torch.arange(size[0], device=device) / 8
             arguments["guidance_scale"] = per_sample if draw(st.booleans()) else scale
-        arguments["mask"] = draw(masks(size, device=device))
-        arguments["prediction"] = draw(st.sampled_from(("x0", "x0", "eps", "v", "flow", "score")))
-        if arguments["prediction"] != "x0":
-            arguments |= {"x_t": like_x(other), "alpha": rows(0.25, 1.0), "sigma": rows(0.0625, 2.0)}
-        arguments["normalizer"] = draw(st.sampled_from(("mean_abs", "mean_abs", None, "given")))
-        if arguments["normalizer"] == "given":
-            arguments["normalizer"] = torch.linspace(0.5, 2.0, size[0], device=device)
-        arguments["eps"] = draw(st.sampled_from((1e-6, 1e-6, 0.0, 0.1)))
-        arguments["nonfinite"] = draw(st.sampled_from(("propagate", "zero")))
-        arguments["reduction"] = draw(st.sampled_from(("mean", "mean", "sum", "sample")))
+        if "mask" in named:
+            arguments["mask"] = draw(masks(size, device=device))
+            if layout is not None and arguments["mask"] is not None:
+                arguments["mask"] = lay_out(arguments["mask"], layout)
+        if "prediction" in named:
+            arguments["prediction"] = draw(st.sampled_from(("x0", "x0", "eps", "v", "flow", "score")))
+            if arguments["prediction"] != "x0":
+                arguments |= {"x_t": like_x(other), "alpha": rows(0.25, 1.0), "sigma": rows(0.0625, 2.0)}
+        if "normalizer" in named:
+            arguments["normalizer"] = draw(st.sampled_from(("mean_abs", "mean_abs", None, "given")))
+            if arguments["normalizer"] == "given":
+                arguments["normalizer"] = torch.linspace(0.5, 2.0, size[0], device=device)
+        choices = {"eps": (1e-6, 1e-6, 0.0, 0.1), "nonfinite": ("propagate", "zero")}
+        choices["reduction"] = ("mean", "mean", "sum", "sample")
+        for name, values in choices.items():
+            if name in named:
+                arguments[name] = draw(st.sampled_from(values))
         if f_distill:
             arguments["logits"] = draw(logits(size[0], nonfinite=nonfinite, device=device))
-            arguments["divergence"] = draw(
-                st.sampled_from(("rkl", "kl", "js", "sf", "sh", "jf", "neyman", "pearson", "alpha:0.3"))
-            )
+        if "divergence" in named:
+            short = ("rkl", "kl", "js", "sf", "sh", "jf", "neyman", "pearson", "alpha:0.3")
+            arguments["divergence"] = draw(st.sampled_from(short))
+        if "logit_clip" in named:
             arguments["logit_clip"] = draw(st.sampled_from((10.0, 3.0, None)))
-            arguments["ratio_clip"] = (
-                (0.1, 20.0)
-                if arguments["logit_clip"] is None
-                else draw(st.sampled_from(((0.1, 20.0), (0.0, 5.0), None)))
-            )
+            pairs = ((0.1, 20.0), (0.0, 5.0), None)
+            arguments["ratio_clip"] = pairs[0] if arguments["logit_clip"] is None else draw(st.sampled_from(pairs))
+        if "normalize" in named:
             arguments["normalize"] = draw(st.sampled_from(("mean", None)))
-        elif draw(st.booleans()):
+        if "weight" in named and draw(st.booleans()):
             arguments["weight"] = rows(0.0, 3.0)
         return arguments
 

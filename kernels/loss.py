@@ -115,13 +115,22 @@ def block_sums(terms, d_x, IDENTITY: tl.constexpr, STATS: tl.constexpr):
 
 
 @triton.jit
-def largest(d_x, d_teacher, d_fake, IDENTITY: tl.constexpr):
-    """The largest finite derivative, float64."""
-    most = tl.where(is_finite(d_x), tl.abs(d_x), 0.0)
+def largest(targets, d_x, d_teacher, d_fake, IDENTITY: tl.constexpr):
+    """The largest finite derivative of those that are stored as float16, float64."""
+    most = tl.zeros_like(d_x)
+    most = larger(most, targets[0], d_x)
     if IDENTITY:
-        most = tl.maximum(most, tl.where(is_finite(d_teacher), tl.abs(d_teacher), 0.0))
-        most = tl.maximum(most, tl.where(is_finite(d_fake), tl.abs(d_fake), 0.0))
+        most = larger(most, targets[1], d_teacher)
+        most = larger(most, targets[2], d_fake)
     return tl.max(most).to(tl.float64)
+
+
+@triton.jit
+def larger(most, target, derivative):
+    if target is not None:  # noqa: SIM102, both parts of an `and` would be compiled
+        if target[0].dtype.element_ty == tl.float16:
+            most = tl.maximum(most, tl.where(is_finite(derivative), tl.abs(derivative), 0.0))
+    return most
 
 
 @triton.jit
@@ -272,7 +281,7 @@ def sample_kernel(
         divisor = tl.maximum(n_on, 1.0) if REDUCTION == "sample" else mean_divisor(count, b, B, N, REDUCTION)
         half = tl.zeros((), tl.int64)
         if scale is not None:
-            half = half_exponent(largest(d_x, d_teacher, d_fake, IDENTITY) / divisor)
+            half = half_exponent(largest(targets, d_x, d_teacher, d_fake, IDENTITY) / divisor)
         deliver_all(targets, block, d_x, d_teacher, d_fake, divisor, half, C, IDENTITY)
 
         term_sum, squares = block_sums(terms, d_x, IDENTITY, stats is not None)
@@ -304,6 +313,7 @@ def block_of(chunk, step, BLOCK: tl.constexpr):
 @triton.jit
 def measure_chunk(
     inputs,
+    targets,
     measured,
     chunk,
     numbers,
@@ -332,7 +342,7 @@ def measure_chunk(
             _terms, d_x, d_teacher, d_fake, _bad = evaluate(
                 X, T, F, k, counted(mask, block), identity_alpha, C, IDENTITY, ZERO
             )
-            most = tl.maximum(most, largest(d_x, d_teacher, d_fake, IDENTITY))
+            most = tl.maximum(most, largest(targets, d_x, d_teacher, d_fake, IDENTITY))
     tl.store(measured, apart)
     tl.store(measured + 1, most)
 
@@ -456,7 +466,7 @@ def chunk_kernel(
         n_finished = n_measured + B
         own = measured + (b * chunks + index) * 2
         if measures:
-            measure_chunk(inputs, own, chunk, numbers, HALF, C, PREDICTION, NORM, ZERO, IDENTITY, BLOCK)
+            measure_chunk(inputs, targets, own, chunk, numbers, HALF, C, PREDICTION, NORM, ZERO, IDENTITY, BLOCK)
             tl.debug_barrier()
             tl.atomic_add(n_measured, 1, sem="release")
         else:

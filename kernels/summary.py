@@ -87,7 +87,7 @@ def summarize(
         put(stats, 0, loss)
         put(stats, 1, tl.sqrt(column_sum(samples, 1, B)))
         put(stats, 2, column_sum(samples, 2, B) / count)
-        low, high, sum_, squares, number = spread(samples + 5 * B, tl.where(N > 0, B, 0), 1.0)
+        low, high, sum_, squares, number = spread(samples + 5 * B, B, 1.0)
         put(stats, 3, or_nan(low, number))
         put(stats, 4, sum_ / number)
         put(stats, 5, or_nan(high, number))

@@ -19,7 +19,7 @@ if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 
 import fdistill_ops as fd  # noqa: E402
-from fdistill_ops import _native  # noqa: E402
+from fdistill_ops import _native, divergences  # noqa: E402
 from fdistill_ops.testing import assert_close, poison  # noqa: E402
 
 # Back end, and the device whose tensors it is tested on. Every test with the ``backend`` fixture runs once for each.
@@ -36,13 +36,48 @@ _COMMON: dict[str, Any] = {
     ],
 }
 hypothesis.settings.register_profile("ci", derandomize=True, max_examples=60, database=None, **_COMMON)
+hypothesis.settings.register_profile("quick", derandomize=True, max_examples=10, database=None, **_COMMON)
 hypothesis.settings.register_profile("explore", max_examples=1000, **_COMMON)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
     config.addinivalue_line("markers", "no_poison: freshly allocated memory is left as it is")
-    hypothesis.settings.load_profile(config.getoption("--hypothesis-profile", None) or "ci")
+    default = "quick" if config.getoption("--quick") else "ci"
+    hypothesis.settings.load_profile(config.getoption("--hypothesis-profile", None) or default)
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of as many processes as there are cores
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help=f"no slow tests, fewer random examples, and of a test's parameters at most {FEW} for each back end",
+    )
+
+
+FEW = 3
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the parameters the first, the last and some between."""
+    if not config.getoption("--quick"):
+        return
+    groups: dict[Any, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            parameters = getattr(item, "callspec", None)
+            backend = parameters and parameters.params.get("backend")
+            groups.setdefault((item.nodeid.partition("[")[0], backend), []).append(item)
+    kept = set()
+    for group in groups.values():
+        places = range(len(group)) if len(group) <= FEW else [i * (len(group) - 1) // (FEW - 1) for i in range(FEW)]
+        kept |= {group[place] for place in places}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 _settings: dict[Any, hypothesis.settings] = {}
@@ -130,6 +165,18 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         pytest.skip(f"the back end {name!r} does not run here: {fd.build_info().get('reason')}")
     with fd.use_backend(name):
         yield Backend(name, device)
+
+
+@pytest.fixture(autouse=True)
+def registered_divergences() -> Iterator[None]:
+    """Each test begins with the divergences of the library."""
+    tables = (divergences._registry, divergences._aliases)
+    before = [dict(table) for table in tables]
+    yield
+    for table, content in zip(tables, before, strict=True):
+        if table != content:
+            table.clear()
+            table.update(content)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)

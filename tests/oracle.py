@@ -255,7 +255,7 @@ def _finite_stats(values: Array) -> tuple[float, float, float]:
 def _statistics(loss: Array, g: Array, bad: Array, mask: Array, n: Array, weight: Any) -> dict[str, float]:
     """``g`` as it enters the loss; ``bad``: where it was not finite."""
     on_mask = g[mask]
-    w = np.ones(1) if weight is None else np.asarray(weight, dtype=np.float64).reshape(-1)
+    w = np.ones(len(n)) if weight is None else np.asarray(weight, dtype=np.float64).reshape(-1)
     w_finite = w[np.isfinite(w)]
     with np.errstate(all="ignore"):
         squared = (w_finite**2).sum()
@@ -312,6 +312,7 @@ def distribution_matching(
     weight_noise: Array | None = None,
 ) -> Loss:
     """Design section 2; ``weight_noise``: absolute noise of the weights themselves."""
+    eps = 0.0 if normalizer is None else eps  # nothing is divided by
     with np.errstate(all="ignore"):
         ndim, batch = x.ndim, x.shape[0]
         used = np.ones(x.shape, dtype=bool) if mask is None else mask
@@ -378,6 +379,7 @@ def score_identity(
     u: float = U32,
 ) -> Loss:
     """L = mean of w (T-F) ((T-x) - alpha (T-F)) / (n + eps), and its three derivatives with n held fixed."""
+    eps = 0.0 if normalizer is None else eps
     with np.errstate(all="ignore"):
         matching = distribution_matching(
             x, teacher, fake, weight=weight, mask=mask, normalizer=normalizer, eps=eps, reduction="sum", u=u

@@ -83,6 +83,7 @@ def test_zero_times_a_non_finite_gradient(backend: Backend) -> None:
     assert bool(gradient[1].isfinite().all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elements", [1 << 10, 1 << 18, 1 << 20])
 @pytest.mark.parametrize("reduction", ["mean", "sample"])
 def test_float16_gradient_survives_the_mean(backend: Backend, elements: int, reduction: str) -> None:
@@ -327,6 +328,19 @@ def test_score_identity_gives_the_gradients_asked_for(backend: Backend, which: i
         assert (leaf.grad is not None) == bool(which >> i & 1)
         if leaf.grad is not None:
             assert_close(leaf.grad, want[i], ulps=1, what=f"gradient {i}")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 80, 80)])
+def test_a_float16_gradient_is_not_scaled_by_others(backend: Backend, shape: tuple[int, ...]) -> None:
+    """alpha makes those of teacher and fake large, which nobody asked for, or which are float32."""
+    device = backend.device
+    x = torch.randn(shape, device=device).half().requires_grad_()
+    teacher, fake = (torch.randn(shape, device=device) for _ in range(2))
+    want = -(teacher - fake) / ((teacher - x.float()).abs().mean(tuple(range(1, len(shape))), keepdim=True) + 1e-6)
+    for leaves in ([x], [x, fake.requires_grad_()]):
+        loss = fd.score_identity_loss(x, teacher, fake, alpha=2.0**60, reduction="sum")
+        got = torch.autograd.grad(loss, leaves)[0]
+        torch.testing.assert_close(got.float(), want, rtol=2e-3, atol=1e-7)
 
 
 def test_score_identity_of_one_tensor_twice(backend: Backend) -> None:

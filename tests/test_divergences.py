@@ -238,6 +238,7 @@ def divergence_of_gaussians(name: str, theta: float) -> float:
     return quad(integrand, -18.0, 18.0, epsabs=1e-13, epsrel=1e-13, limit=500, points=[theta, MU_P])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", F64)
 @pytest.mark.parametrize("theta", [0.9, -0.2])
 def test_weighted_score_difference_is_the_derivative_of_the_divergence(
@@ -282,19 +283,7 @@ def test_weighted_score_difference_is_the_derivative_of_the_divergence(
 # ------------------------------------------------------------------------------------------------- registration
 
 
-@pytest.fixture
-def fresh_names() -> Any:
-    """Removes what a test registered."""
-    from fdistill_ops import divergences
-
-    registry, aliases = dict(divergences._registry), dict(divergences._aliases)
-    yield
-    for store, saved in ((divergences._registry, registry), (divergences._aliases, aliases)):
-        store.clear()
-        store.update(saved)
-
-
-def test_register_by_expression(fresh_names: Any) -> None:
+def test_register_by_expression() -> None:
     made = fd.register_divergence("le_cam", f="(r-1)**2/(2*(r+1))", aliases=["lc"])
     assert fd.get_divergence("LC") is made
     assert fd.DIVERGENCES["le_cam"] is made
@@ -304,7 +293,7 @@ def test_register_by_expression(fresh_names: Any) -> None:
     torch.testing.assert_close(made.log_h(r.log()), made.h(r).log(), rtol=1e-12, atol=1e-12)
 
 
-def test_register_by_h_and_use(backend: Backend, fresh_names: Any) -> None:
+def test_register_by_h_and_use(backend: Backend) -> None:
     fd.register_divergence("mine", h=lambda r: r / (r + 1))
     logits = backend.randn(17, seed=3) * 4
     torch.testing.assert_close(
@@ -322,7 +311,7 @@ def test_register_by_h_and_use(backend: Backend, fresh_names: Any) -> None:
 
 
 @pytest.mark.parametrize("expression", ["r*log(r)", "-log(r)", "1 - sqrt(r)", "r*log(r) - (r+1)*log((r+1)/2)"])
-def test_registered_expressions_match_the_built_in(fresh_names: Any, expression: str) -> None:
+def test_registered_expressions_match_the_built_in(expression: str) -> None:
     builtin = {"r*log(r)": "kl", "-log(r)": "rkl", "1 - sqrt(r)": "sh"}.get(expression, "js")
     made = fd.register_divergence("copy", f=expression)
     r = torch.logspace(-4, 4, 60, dtype=torch.float64)
@@ -344,7 +333,7 @@ def test_registered_expressions_match_the_built_in(fresh_names: Any, expression:
         ({"h": lambda r: r, "aliases": ["js"]}, ValueError, "js"),
     ],
 )
-def test_registration_refuses(fresh_names: Any, options: dict[str, Any], error: type[Exception], says: str) -> None:
+def test_registration_refuses(options: dict[str, Any], error: type[Exception], says: str) -> None:
     before = dict(fd.DIVERGENCES)
     with pytest.raises(error, match=says):
         fd.register_divergence("broken", **options)
@@ -353,7 +342,7 @@ def test_registration_refuses(fresh_names: Any, options: dict[str, Any], error: 
         fd.get_divergence("broken")
 
 
-def test_registration_does_not_replace(fresh_names: Any) -> None:
+def test_registration_does_not_replace() -> None:
     with pytest.raises(ValueError, match="js"):
         fd.register_divergence("js", h=lambda r: r, overwrite=True)
     fd.register_divergence("twice", h=lambda r: r)

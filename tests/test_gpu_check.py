@@ -96,6 +96,7 @@ def test_one_check_fails(
     assert note in found[name]["note"]
 
 
+@pytest.mark.slow
 def test_it_ends_in_time(check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that hangs is ended at its limit; those for which no time is left are skipped, and say so."""
     monkeypatch.setattr(check, "BUDGET_S", 6.0)

@@ -298,6 +298,7 @@ print(dmd2.variational_score_distillation_loss.__module__, *sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
     """A script, and a module, with arguments of their own; the code base is where the script is, or on the path."""
     (tmp_path / "program.py").write_text(PROGRAM)

@@ -294,6 +294,7 @@ def test_layouts_keep_the_values(data: st.DataObject) -> None:
         testing.lay_out(plain, "diagonal")
 
 
+@pytest.mark.slow
 def test_strategies_reach_what_they_promise() -> None:
     """Empty shapes, every dtype, NaN logits, empty and full masks come up."""
     seen: set[str] = set()

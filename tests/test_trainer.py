@@ -15,7 +15,7 @@ import torch
 from trainer_cases import need_extra
 
 import fdistill_ops as fd
-from fdistill_ops.trainer import edm, files, networks
+from fdistill_ops.trainer import edm, networks
 from fdistill_ops.trainer.__main__ import main
 from fdistill_ops.trainer.config import Config
 from fdistill_ops.trainer.data import load
@@ -62,36 +62,6 @@ def test_initial_denoiser_is_ideal_for_gaussian_data(gen: torch.Generator) -> No
     torch.testing.assert_close(prediction, (0.25 / (0.25 + sigma**2))[:, None, None] * x)
     # 30,000 squares of unit variance: standard deviation sqrt(2/30000) = 0.008.
     assert float(edm.denoising_loss(prediction, x0, sigma, 0.5)) == pytest.approx(1, abs=0.04)
-
-
-@pytest.mark.parametrize(
-    ("shape", "patches"), [((8, 8), None), ((2,), None), ((3, 18, 16), None), ((16, 20), (4, 5)), ((3, 32, 16), (8, 4))]
-)
-def test_images_are_cut_into_patches(shape: tuple[int, ...], patches: tuple[int, int] | None) -> None:
-    """Token r * columns + c is the square of 4 x 4 pixels in row r and column c, of all channels."""
-    denoiser = networks.Denoiser(shape, classes=2, width=8, depth=1, sigma_data=0.5)
-    assert denoiser.patches == patches
-    x = torch.arange(2.0 * math.prod(shape)).view(2, *shape)
-    tokens = denoiser.tokens(x)
-    assert torch.equal(denoiser.samples(tokens), x)
-    if patches is None:
-        assert torch.equal(tokens, x.flatten(1)[:, None])
-        return
-    for row in range(patches[0]):
-        for column in range(patches[1]):
-            square = x[..., 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
-            assert torch.equal(tokens[:, row * patches[1] + column], square.flatten(1))
-
-
-def test_patches_see_each_other() -> None:
-    torch.manual_seed(0)
-    denoiser = networks.Denoiser((16, 16), classes=2, width=8, depth=2, sigma_data=0.5)
-    for parameter in denoiser.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter)
-    x = torch.randn(1, 16, 16, requires_grad=True)
-    denoiser(x, torch.ones(1), torch.zeros(1, dtype=torch.long))[0, 0, 0].backward()
-    assert x.grad is not None and bool((x.grad != 0).all())
 
 
 def test_heun_samples_a_gaussian(gen: torch.Generator) -> None:
@@ -211,6 +181,7 @@ def test_same_seed_same_result(first: Path, tmp_path: Path) -> None:
     assert numbers(tmp_path) == numbers(first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "count"), [("first", 3), ("teacher_cache", 2)])
 def test_cached_same_result(
     source: str,
@@ -229,6 +200,7 @@ def test_cached_same_result(
     assert (tmp_path / "log.jsonl").read_text() == "".join(line for line in log if "reverse_kl" not in line)
 
 
+@pytest.mark.slow
 def test_back_end_names_the_students(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = shutil.copytree(first / "cache", tmp_path / "cache")
     arguments = [*TINY, "--out", str(tmp_path), "--cache", str(cache), "--divergences", "js"]
@@ -248,25 +220,13 @@ def test_seed_and_settings_name_the_cache() -> None:
     assert Config(distill_steps=1).key("teacher_steps") in keys
 
 
-def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), files.whole_file(path) as partial:
-        partial.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One line, which names the file; nothing half written."""
 
-    def full(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[: len(content) // 2])
+    def full(file: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert main([*TINY, "--out", str(tmp_path)]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("fdistill-train: error: [Errno 28] No space left on device: ") and "/classifier-" in last

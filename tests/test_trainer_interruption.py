@@ -1,10 +1,9 @@
-"""The trainer's checkpoints: to the bit, whole at any moment, and what is damaged is refused by name."""
+"""Interrupted trainings go on to the bit, and what they leave is whole at any moment."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_cases import EVERY, STEPS, TINY, distillation, environment, need_extra, same, wait_for
+from trainer_cases import EVERY, STEPS, TINY, Stop, distillation, environment, killed_before, need_extra, same, wait_for
 
 from fdistill_ops.trainer.__main__ import main
 from fdistill_ops.trainer.checkpoints import Checkpoints
@@ -21,7 +20,7 @@ from fdistill_ops.trainer.config import Config
 from fdistill_ops.trainer.data import Data, load
 from fdistill_ops.trainer.distill import Distillation
 from fdistill_ops.trainer.files import Log
-from fdistill_ops.trainer.training import Training, train
+from fdistill_ops.trainer.training import train
 
 pytestmark = [pytest.mark.no_poison, pytest.mark.usefixtures("one_thread")]
 
@@ -31,21 +30,6 @@ need_extra()
 @pytest.fixture(scope="module")
 def data() -> Data:
     return load(Config())
-
-
-class Stop(Exception):
-    """Stands for a kill: nothing is saved."""
-
-
-def killed_before(training: Training, step: int) -> None:
-    update = training.update
-
-    def stop(now: int) -> Any:
-        if now == step:
-            raise Stop
-        return update(now)
-
-    training.update = stop  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -91,75 +75,6 @@ def test_state_holds_everything(whole: Distillation, data: Data) -> None:
     assert not torch.equal(whole.loss.histogram.bins, torch.ones(10))
     assert all(whole.state()["parts"][f"{name}_optimizer"]["adam"]["state"] for name in ("student", "critics"))
     assert torch.equal(other.gen.get_state(), whole.gen.get_state())
-
-
-def test_previous_one_is_kept(data: Data, tmp_path: Path, whole: Distillation) -> None:
-    checkpoints = Checkpoints(tmp_path, "js", "key")
-    train(distillation(data), checkpoints, Log(None))
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["js-key-00000008.pt", "js-key-00000011.pt"]
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "foreign", "renamed", "shape", "text", "parts"])
-def test_damaged_checkpoint(
-    damage: str, data: Data, tmp_path: Path, whole: Distillation, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It is named, and the one before it is used; the result is that of an uninterrupted run."""
-    train(distillation(data), Checkpoints(tmp_path, "js", "key"), Log(None))
-    path = tmp_path / "js-key-00000011.pt"
-    content = path.read_bytes()
-    state = torch.load(path, weights_only=True)
-    if damage == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    elif damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "flipped":
-        middle = len(content) // 2
-        path.write_bytes(content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :])
-    elif damage == "text":
-        path.write_text("something else")
-    elif damage == "foreign":
-        torch.save(state | {"key": "other"}, path)
-    elif damage == "renamed":
-        torch.save(state | {"step": 10}, path)
-    elif damage == "parts":
-        del state["state"]["parts"]["head"]
-        torch.save(state, path)
-    elif damage == "shape":
-        state["state"]["parts"]["critics_optimizer"]["adam"]["param_groups"] = []
-        torch.save(state, path)
-    capsys.readouterr()
-    training = distillation(data)
-    train(training, Checkpoints(tmp_path, "js", "key"), Log(None))
-    error = capsys.readouterr().err
-    assert f"{path} is not used: " in error and "goes on after step 8" in error
-    assert same(training.state(), whole.state())
-    assert path.read_bytes() != b"" and same(torch.load(path, weights_only=True)["state"], whole.state())
-
-
-def test_nothing_usable(data: Data, tmp_path: Path, whole: Distillation) -> None:
-    for step in (4, 8):
-        (tmp_path / f"js-key-{step:08d}.pt").write_text("something else")
-    training = distillation(data)
-    train(training, Checkpoints(tmp_path, "js", "key"), Log(None))
-    assert same(training.state(), whole.state())
-
-
-def test_checkpoints_of_others_are_left(data: Data, tmp_path: Path) -> None:
-    others = ["js-other-00000011.pt", "sf-key-00000011.pt", "notes.txt"]
-    for name in others:
-        (tmp_path / name).write_text(name)
-    train(distillation(data), Checkpoints(tmp_path, "js", "key"), Log(None))
-    assert all((tmp_path / name).read_text() == name for name in others)
-
-
-def test_half_written_files_of_dead_processes(data: Data, tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    dead, alive = (tmp_path / f".{pid}.js-key-00000004.pt" for pid in (process.pid, os.getpid()))
-    for path in (dead, alive):
-        path.write_text("half")
-    list(Checkpoints(tmp_path, "js", "key").newest_first())
-    assert alive.exists() and not dead.exists()
 
 
 def test_finished_training_is_not_repeated(data: Data, tmp_path: Path, whole: Distillation) -> None:

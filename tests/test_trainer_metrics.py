@@ -192,7 +192,7 @@ def test_large_samples_are_drawn_in_parts(gen: torch.Generator, monkeypatch: pyt
         return noise
 
     whole = judge.coverage(evaluate.Sampler("", 1, sample), gen)
-    monkeypatch.setattr(evaluate, "LARGEST_DRAW", 20_000)
+    monkeypatch.setattr(evaluate, "BATCH", 20_000)
     parts = judge.coverage(evaluate.Sampler("", 1, sample), gen)
     assert sum(drawn[1:]) == drawn[0] == judge.modes.samples_needed and max(drawn[1:]) == 10_000
     assert parts["high_quality"] == pytest.approx(whole["high_quality"], abs=0.02)

@@ -120,10 +120,10 @@ def test_critics_tell_the_steps_apart(data: Data) -> None:
     first = draws._replace(last=torch.zeros_like(draws.last))
     training.draw = lambda: first  # type: ignore[method-assign]
     classes = training.teacher.no_class + 1
-    before = [training.fake.label.weight.detach().clone(), training.head.step.weight.detach().clone()]
+    before = [training.fake.network.label.weight.detach().clone(), training.head.step.weight.detach().clone()]
     for step in range(2):
         training.update_critics(step)
-    moved = [training.fake.label.weight != before[0], training.head.step.weight != before[1]]
+    moved = [training.fake.network.label.weight != before[0], training.head.step.weight != before[1]]
     assert moved[0][:classes].any() and not moved[0][classes:].any()
     assert moved[1][0].any() and not moved[1][1].any()
 
@@ -355,10 +355,12 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is installed: every number of a record by stage and step; those of an earlier run are there already."""
     written: list[tuple[str, float, int]] = []
     closed: list[str] = []
+    suffixes: list[str] = []
 
     class SummaryWriter:
-        def __init__(self, folder: str) -> None:
+        def __init__(self, folder: str, filename_suffix: str) -> None:
             self.folder = folder
+            suffixes.append(filename_suffix)
 
         def add_scalar(self, tag: str, value: float, step: int) -> None:
             written.append((tag, value, step))
@@ -377,6 +379,9 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert closed == [str(tmp_path / "tensorboard")]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
+    with Log(tmp_path):
+        pass
+    assert suffixes[0] != suffixes[1], "the names of the files can be foreseen"
 
 
 def test_real_tensorboard(tmp_path: Path) -> None:

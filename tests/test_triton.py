@@ -217,6 +217,7 @@ def test_at_most_three_launches(shape: tuple[int, ...], dtype: torch.dtype, monk
     assert [name for name, _ in launches] == ["f_weights_kernel", "chunk_kernel"]
 
 
+@pytest.mark.slow
 def test_many_logits_get_a_launch_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     found = arguments((2, 3, 4, 4))
     logits = randn(2, 4096)
@@ -395,6 +396,7 @@ def test_weights_read_a_few_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 3 * n < seen.bytes["loads"] <= 3 * n + 4 * (2 * 4 * 2 * 4) + 4 * 2 * 4 * 4 + 200
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_second_reads_come_from_the_cache(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,6 +543,7 @@ def test_import_leaves_triton_alone() -> None:
     assert run("import sys, fdistill_ops, fdistill_ops.kernels; print('triton' in sys.modules)").strip() == "False"
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said() -> None:
     """Without Triton, and with Triton but neither a GPU nor the interpreter."""
     script = (

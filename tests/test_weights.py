@@ -134,9 +134,13 @@ def test_empty_batch(backend: Backend) -> None:
         weights = fd.f_weights(logits, backend.randn(0), histogram=histogram)
         assert weights.shape == (0,)
         assert weights.dtype is torch.float32
-    assert histogram.bins.tolist() == [1.0] * 4
+        assert histogram.bins.tolist() == [1.0] * 4
+        x, teacher, fake = (backend.randn(0, 5, seed=s) for s in range(3))
+        assert float(fd.f_distill_loss(x, teacher, fake, logits, backend.randn(0), histogram=histogram)) == 0.0
+        assert histogram.bins.tolist() == [1.0] * 4
 
 
+@pytest.mark.slow
 def test_large_batch(backend: Backend) -> None:
     for batch in (1025, 70001):
         logits = backend.randn(batch, seed=4) * 3
@@ -210,7 +214,6 @@ def test_nan_time_is_a_bad_sample(backend: Backend) -> None:
         histogram = fd.RatioHistogram(0.0, 1.0).to(backend.device)
         weights, _ = check(logits, t, histogram, nonfinite=nonfinite)
         assert bool(weights[[0, 2, 3, 4]].isfinite().all())
-        check(logits, t, nonfinite=nonfinite)
 
 
 @pytest.mark.parametrize("divergence", SHORT)
@@ -276,13 +279,21 @@ def test_histograms_of_any_size(
 
 def test_a_sample_alone_in_its_bin_loses_its_weight(backend: Backend) -> None:
     """The documented consequence of ema_rate = 0."""
-    histogram = fd.RatioHistogram(0.0, 1.0, bins=2).to(backend.device)
+    histogram = fd.RatioHistogram(0.0, 1.0, bins=2, ema_rate=0.0).to(backend.device)
     logits = backend.tensor([2.0, -2.0])
     weights = fd.f_weights(
         logits, backend.tensor([0.1, 0.9]), histogram=histogram, divergence="kl", normalize=None, eps=0.0
     )
     assert weights.tolist() == pytest.approx([1.0, 1.0], rel=1e-6)
     assert histogram.bins.tolist() == pytest.approx([math.exp(2), math.exp(-2)], rel=1e-6)
+    histogram = fd.RatioHistogram(0.0, 1.0, bins=4).to(backend.device)
+    weights = fd.f_weights(
+        backend.tensor([2.0, -2.0, 1.0, 0.0]),
+        backend.tensor([0.1, 0.4, 0.6, 0.9]),
+        histogram=histogram,
+        divergence="kl",
+    )
+    assert float(weights.max() / weights.min()) > 10  # not so by default
 
 
 @pytest.mark.parametrize(
@@ -305,7 +316,7 @@ def test_times_outside_are_clamped(backend: Backend) -> None:
 
 def test_bins_are_found_in_float64(backend: Backend) -> None:
     """Times beside an edge that float32 cannot tell from it; and large integers."""
-    histogram = fd.RatioHistogram(0.0, 1.0, bins=4).to(backend.device)
+    histogram = fd.RatioHistogram(0.0, 1.0, bins=4, ema_rate=0.0).to(backend.device)
     t = backend.tensor([0.5 - 1e-12, 0.5, 0.25 - 1e-13, 0.25, 0.75 - 1e-14], torch.float64)
     check(backend.tensor([1.0, -1.0, 0.5, -0.5, 0.2]), t, histogram, divergence="kl")
     assert histogram.bins.tolist() == pytest.approx(

@@ -16,6 +16,7 @@ from fdistill_ops.trainer.config import Config
 from fdistill_ops.trainer.data import Data
 from fdistill_ops.trainer.distill import Distillation
 from fdistill_ops.trainer.networks import Denoiser
+from fdistill_ops.trainer.training import Training
 
 STEPS, EVERY = 11, 4
 TINY = ["--quick", "--teacher-steps", "9", "--distill-steps", str(STEPS), "--checkpoint-every", str(EVERY)]
@@ -23,7 +24,7 @@ TINY += ["--width", "16", "--depth", "1", "--batch-size", "16", "--divergences",
 
 
 def need_extra() -> None:
-    for module in ("sklearn", "matplotlib", "tqdm"):
+    for module in ("sklearn", "matplotlib", "tqdm", "safetensors"):
         pytest.importorskip(module, reason="the trainer's extra is not installed")
 
 
@@ -32,7 +33,7 @@ def distillation(data: Data, **settings: Any) -> Distillation:
     config = Config(**(few | settings))
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        teacher = Denoiser((8, 8), data.classes, config.width, config.depth, data.sigma_data)
+        teacher = Denoiser(data.shape, data.classes, config.width, config.depth, data.sigma_data)
         for parameter in teacher.parameters():
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -48,6 +49,21 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+class Stop(Exception):
+    """Stands for a kill: nothing is saved."""
+
+
+def killed_before(training: Training, step: int) -> None:
+    update = training.update
+
+    def stop(now: int) -> Any:
+        if now == step:
+            raise Stop
+        return update(now)
+
+    training.update = stop  # type: ignore[method-assign]
 
 
 def environment() -> dict[str, str]:

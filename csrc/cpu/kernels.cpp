@@ -92,21 +92,21 @@ template <class T, bool guided, bool converted, Reads reads>
 double distance_of(const Block<T>& block) {
   const Block<T> b = block;
   constexpr int size = kGroup<T>;
-  const auto distance = [&](int64_t i, int valid) __attribute__((always_inline)) {
+  const auto distance = [&](int64_t i, int valid) FD_ALWAYS_INLINE {
     const Group<T> group{b, i, valid};
     auto t = group.template teacher<guided>();
     if constexpr (converted) t = group.row(b.a_rows, b.a) * group.at(b.x_t) + group.row(b.c_rows, b.c) * t;
     return (group.template at<reads>(b.x) - t).abs();
   };
   Sum sum, wide;
-  const auto four = [&](int64_t i) __attribute__((always_inline)) {
+  const auto four = [&](int64_t i) FD_ALWAYS_INLINE {
     sum.add(fold((distance(i, size) + distance(i + size, size)) +
                  (distance(i + 2 * size, size) + distance(i + 3 * size, size))));
   };
-  for_each_group(b, four, [&](int64_t i, int valid) __attribute__((always_inline)) { sum.add(distance(i, valid)); });
+  for_each_group(b, four, [&](int64_t i, int valid) FD_ALWAYS_INLINE { sum.add(distance(i, valid)); });
   const double total = sum.total();
   if (total - total == 0) return total;
-  for_each_group(b, nullptr, [&](int64_t i, int valid) __attribute__((always_inline)) { wide.add(distance(i, valid)); });
+  for_each_group(b, nullptr, [&](int64_t i, int valid) FD_ALWAYS_INLINE { wide.add(distance(i, valid)); });
   return wide.total();
 }
 
@@ -117,14 +117,14 @@ double distance(const Block<T>& b) {
   return converted ? distance_of<T, false, true, reads>(b) : distance_of<T, false, false, reads>(b);
 }
 
-// max |k (fake - teacher)| over the finite ones on the mask; with x also of |k| |x - teacher| and of the factors of the score identity.
+// max |k (fake - teacher)| over the finite ones on the mask; with x a bound on all derivatives of the score identity.
 template <class T>
 double largest(const Block<T>& block) {
   using V = typename Group<T>::V;
   const Block<T> b = block;
   const V factor = V::all(1) + V::all(2 * b.identity_alpha).abs();
   V most = V::all(0);
-  for_each_group(b, nullptr, [&](int64_t i, int valid) __attribute__((always_inline)) {
+  for_each_group(b, nullptr, [&](int64_t i, int valid) FD_ALWAYS_INLINE {
     const Group<T> group{b, i, valid};
     const V t = b.uncond == nullptr ? group.template teacher<false>() : group.template teacher<true>();
     const V k = group.row(b.k_rows, b.k);
@@ -143,18 +143,18 @@ bool score_difference_plain(const Block<T>& block, BlockSums& sums) {
   const Block<T> b = block;  // a copy of its own, which nothing written can alias
   constexpr int size = kGroup<T>;
   const V inverse = V::all(b.inverse);
-  const auto square = [&](int64_t i, int valid) __attribute__((always_inline)) {
+  const auto square = [&](int64_t i, int valid) FD_ALWAYS_INLINE {
     const Group<T> group{b, i, valid};
     const V g = group.row(b.k_rows, b.k) * (group.template at<Reads::last>(b.fake) - group.template teacher<guided>());
     group.template put<false>(b.d_x, g * inverse);
     return g * g;
   };
   Sum sum;
-  const auto four = [&](int64_t i) __attribute__((always_inline)) {
+  const auto four = [&](int64_t i) FD_ALWAYS_INLINE {
     const V first = square(i, size) + square(i + size, size);
     sum.add(fold(first + (square(i + 2 * size, size) + square(i + 3 * size, size))));
   };
-  for_each_group(b, four, [&](int64_t i, int valid) __attribute__((always_inline)) { sum.add(square(i, valid)); });
+  for_each_group(b, four, [&](int64_t i, int valid) FD_ALWAYS_INLINE { sum.add(square(i, valid)); });
   const double total = sum.total();
   sums.squares += total;
   return total > 1e-24 && total < 1e36;
@@ -169,7 +169,7 @@ void score_difference_careful(const Block<T>& block, BlockSums& sums) {
   Sum squares, absolute;
   Count<compute_t<T>, kMultiple<T>> bad;
   const V inverse = V::all(b.inverse);
-  for_each_group(b, nullptr, [&](int64_t i, int valid) __attribute__((always_inline)) {
+  for_each_group(b, nullptr, [&](int64_t i, int valid) FD_ALWAYS_INLINE {
     const Group<T> group{b, i, valid};
     V g = group.row(b.k_rows, b.k) * (group.template at<Reads::last>(b.fake) - group.template teacher<guided>());
     const M on = group.on(), finite = g.finite();
@@ -210,7 +210,7 @@ void score_identity_of(const Block<T>& block, BlockSums& sums) {
   Sum terms, squares, absolute;
   Count<compute_t<T>, kMultiple<T>> bad;
   const V zero = V::all(0), inverse = V::all(b.inverse), alpha = V::all(b.identity_alpha), two_alpha = alpha + alpha;
-  for_each_group(b, nullptr, [&](int64_t i, int valid) __attribute__((always_inline)) {
+  for_each_group(b, nullptr, [&](int64_t i, int valid) FD_ALWAYS_INLINE {
     const Group<T> group{b, i, valid};
     const V t = group.at(b.teacher), d = t - group.at(b.fake), e = t - group.at(b.x);
     const V k = group.row(b.k_rows, b.k), kd = k * d;

@@ -43,7 +43,7 @@ template <class T>
 struct TypedKernels {
   double (*distance)(const Block<T>&);                    // sum |x - T|
   double (*first_distance)(const Block<T>&);              // the same, of an x that is read again
-  double (*largest)(const Block<T>&);                     // max |g| (score identity: a bound on all derivatives)
+  double (*largest)(const Block<T>&);                     // max |g|; with x: a bound on all derivatives
   void (*score_difference)(const Block<T>&, BlockSums&);  // g, its sums, and d_x = g * inverse
   void (*score_identity)(const Block<T>&, BlockSums&);    // terms, and the three derivatives * inverse
 };

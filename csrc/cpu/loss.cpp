@@ -92,6 +92,7 @@ class Loss {
   bool mask() const { return static_cast<bool>(call_.operands[kMask]); }
   bool measures() const { return call_.params.normalizer == Normalizer::mean_abs; }
   bool scales() const { return call_.gradient_scale != nullptr; }
+  bool is_half(int o) const { return call_.operands[o] && call_.operands[o].dtype == DType::f16; }
   int64_t chunk_end(int64_t chunk) const { return std::min(layout_.elements, (chunk + 1) * kChunk); }
 
   template <class Task>
@@ -204,7 +205,7 @@ class Loss {
         block.fake = values(kFake, b, at, n, staging);
         block.mask = mask_of(b, at, n, staging);
         block.identity_alpha = static_cast<C>(call_.params.identity_alpha);
-        if (call_.score_identity) block.x = values(kX, b, at, n, staging);
+        if (is_half(kDTeacher) || is_half(kDFake)) block.x = values(kX, b, at, n, staging);
         most = std::max(most, kernels().largest(block));
       }
       if (!measures()) return;
@@ -462,8 +463,7 @@ class Loss {
     for (const BlockSums& s : sums_) squares += s.squares, absolute += s.absolute, bad += s.bad;
     count = mask() ? masked_.load() : layout_.batch * layout_.elements;
     Range normalizer, weight;
-    if (layout_.elements > 0)
-      for (const double n : normalizers_) normalizer.add(n);
+    for (const double n : normalizers_) normalizer.add(n);
     add_weights(weight, 0, 0);
     constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
     values[kLoss] = loss_mean;

@@ -7,6 +7,8 @@
 #include <new>
 #include <unordered_map>
 
+#include "sanitizers.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -65,6 +67,8 @@ void* pool_acquire(size_t bytes) {
   p.in_use += size;
   p.most_in_use = std::max(p.most_in_use, p.in_use);
   while (!p.unused.empty() && p.kept + p.in_use > p.most_in_use) forget_oldest(p);
+  sanitizers::allow(block, bytes);
+  sanitizers::forbid(static_cast<char*>(block) + bytes, size - bytes);
   return block;
 }
 
@@ -75,6 +79,7 @@ void pool_release(void* block) {
   p.in_use -= size;
   p.kept += size;
   p.unused.push_back(block);
+  sanitizers::forbid(block, size);
 }
 
 size_t pool_trim() {

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "fdistill/dtype.h"
+#include "sanitizers.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -20,7 +21,7 @@
 #define FD_REGISTER_BYTES 16
 #endif
 
-#define FD_INLINE inline __attribute__((always_inline))
+#define FD_INLINE inline FD_ALWAYS_INLINE
 
 namespace fdistill::FD_ISA {
 
@@ -341,7 +342,7 @@ FD_INLINE Lanes<float> load(const float16* p) {
 #if defined(__AVX512F__)
   return {{(Lanes<float>::R)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}};
 #elif defined(__F16C__)
-  const auto part = [](const float16* from) __attribute__((always_inline)) {
+  const auto part = [](const float16* from) FD_ALWAYS_INLINE {
     return (Lanes<float>::R)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   };
   return {{{part(p)}, {part(p + 8)}}};
@@ -375,7 +376,7 @@ FD_INLINE void store(bfloat16* p, const Lanes<float, 2>& l, bool stream) {
   }
 #endif
   using RU = Lanes<float>::RU;
-  const auto pairs = map<Pack<uint32_t, l.n / 2>>(
+  const auto pairs = map<Pack<uint32_t, Lanes<float, 2>::n / 2>>(
       [](auto even, auto odd) {
         return (round_to_bfloat16<any>((RU)even) >> 16) | (round_to_bfloat16<any>((RU)odd) & 0xffff0000u);
       },

@@ -12,9 +12,9 @@ inline gpu::Memory read_memory(PyObject* p) {
           static_cast<unsigned char*>(address(item(p, 2))), PyLong_AsLongLong(item(p, 3))};
 }
 
-inline gpu::Vector read_vector(PyObject* value) {
+inline gpu::Vector read_vector(PyObject* value, const char* name) {
   Tensor tensor;
-  read_tensor(value, tensor);
+  read_tensor(value, name, tensor);
   return {tensor.data, tensor.dtype, tensor.stride(0)};
 }
 
@@ -60,7 +60,7 @@ inline void bind_cuda(py::module_ m) {
                              const py::object& upstream, const py::object& scale, int device, size_t stream) {
     const gpu::ScaleArguments arguments{
         reinterpret_cast<void*>(in), reinterpret_cast<void*>(out), static_cast<DType>(dtype), batch, elements,
-        read_vector(upstream.ptr()), read_vector(scale.ptr())};
+        read_vector(upstream.ptr(), "the incoming gradient"), read_vector(scale.ptr(), "scale")};
     const py::gil_scoped_release release;
     gpu::scale_gradient(arguments, {device, reinterpret_cast<void*>(stream)});
   });

@@ -57,8 +57,10 @@ void add_weight_ranges(Ranges& ranges, const WeightArguments& arguments) {
   ranges.write(arguments.new_bins, call.n_bins * 4);
 }
 
+// An empty batch has no logits, by whose address a loss would know that it is to compute weights.
 bool fits_prologue(const WeightCall& call) {
-  return call.batch <= kPrologueSamples && call.batch * call.heads <= kPrologueLogits && call.n_bins <= kPrologueBins;
+  return call.batch > 0 && call.batch <= kPrologueSamples && call.batch * call.heads <= kPrologueLogits &&
+         call.n_bins <= kPrologueBins;
 }
 
 int64_t log_ratio_count(const WeightCall& call) { return call.batch + call.n_bins + call.batch / 2 + 1; }
@@ -177,13 +179,18 @@ class Plan {
     args_.loss = call_.loss, args_.gradient_scale = call_.gradient_scale, args_.stats = call_.stats;
     if (logits_ != nullptr) args_.weights = *logits_;
     const Tensor& weight = call_.operands[kWeight];
+    int order[kMaxDims], used = 0;  // by stride, as those of the layout: statistics do not ask for an order
+    for (int d = 0; weight && d < weight.dims; ++d)
+      if (call_.shape[d] != 1) order[used++] = d;
+    std::stable_sort(order, order + used, [&](int a, int b) { return weight.stride(a) > weight.stride(b); });
     int& n = args_.weight_dims;
-    for (int d = 0; weight && d < weight.dims; ++d) {
-      if (n > 0 && args_.weight_stride[n - 1] == weight.stride(d) * call_.shape[d]) {
-        args_.weight_size[n - 1] *= call_.shape[d], args_.weight_stride[n - 1] = weight.stride(d);
+    for (int i = 0; i < used; ++i) {
+      const int64_t size = call_.shape[order[i]], stride = weight.stride(order[i]);
+      if (n > 0 && args_.weight_stride[n - 1] == stride * size) {
+        args_.weight_size[n - 1] *= size, args_.weight_stride[n - 1] = stride;
       } else {
         if (n > kDims) throw std::length_error("weight: too many dimensions that do not merge");
-        args_.weight_size[n] = call_.shape[d], args_.weight_stride[n++] = weight.stride(d);
+        args_.weight_size[n] = size, args_.weight_stride[n++] = stride;
       }
     }
   }

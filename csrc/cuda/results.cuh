@@ -165,8 +165,7 @@ __device__ inline void finish(const LossArguments& args, const Shared<double>& w
       loss = args.batch > 0 ? loss_sum[0] / static_cast<double>(args.batch) : 0;
     }
     Range normalizer, weight;
-    for (int64_t b = thread(); b < args.batch && args.elements > 0; b += threads())
-      normalizer.add(load_fresh(&args.records[b].n));
+    for (int64_t b = thread(); b < args.batch; b += threads()) normalizer.add(load_fresh(&args.records[b].n));
     add_weights(args, weights, weight);
     normalizer.reduce(), weight.reduce();
     if (thread() == 0) {

@@ -143,6 +143,8 @@ __device__ Measures measure(const LossArguments& args, const A& access, const Ke
   const bool guided = !plain && args.data[kUncond] != nullptr;
   const bool converted = !plain && distances && args.data[kXt] != nullptr;
   const bool identity = !plain && args.score_identity;
+  const auto is_half = [&](int o) { return args.data[o] != nullptr && args.dtype[o] == DType::f16; };
+  const bool bounds_all = identity && scales && (is_half(kDTeacher) || is_half(kDFake));
   const bool reads_x = distances || identity, reads_fake = on_chip || scales;
   const bool counts = !plain && args.data[kMask] != nullptr && args.params.reduction == Reduction::sample;
   const C guidance = guided ? guidance_of<C>(args, access.b) : C(1);
@@ -185,12 +187,12 @@ __device__ Measures measure(const LossArguments& args, const A& access, const Ke
         for (int j = 0; j < n; ++j) e.v[j] = teacher.v[j] - X.v[j];
         kept.set(1, group, e);
       }
-      if (scales) {  // bounds on every derivative, as csrc/cpu/kernels.cpp
+      if (scales) {  // as csrc/cpu/kernels.cpp
 #pragma unroll
         for (int j = 0; j < n; ++j) {
           if (j == 0 || !A::whole_rows) rows.at(j < valid ? at + j : at);
           C bound = magnitude(rows.k * difference.v[j]);
-          if (identity) bound = bound * identity_factor + magnitude(rows.k * (X.v[j] - teacher.v[j]));
+          if (bounds_all) bound = bound * identity_factor + magnitude(rows.k * (X.v[j] - teacher.v[j]));
           if ((on >> j & 1) && bound - bound == 0 && bound > sums.largest) sums.largest = bound;
         }
       }

@@ -153,8 +153,7 @@ class Machine {
   [[noreturn]] void stop(const std::string& what) {
     error_ =
         "block " + std::to_string(current->block->index) + ", thread " + std::to_string(current->index) + ": " + what;
-    current->fiber.suspend();
-    __builtin_unreachable();
+    current->fiber.end();
   }
 
   void sync_block(const Site& site) {
@@ -271,14 +270,14 @@ class Machine {
     machine->finish(*static_cast<Thread*>(thread));
   }
 
-  void finish(Thread& thread) {
+  [[noreturn]] void finish(Thread& thread) {
     Block& block = *thread.block;
     thread.done = true;
     --block.running, --block.cluster->running;
     const Barrier& barrier = block.barrier.arrived > 0 ? block.barrier : block.cluster->barrier;
     if (barrier.arrived > 0) stop("divergent barrier: a thread ends while others wait at " + described(barrier.site));
     if (block.cluster->running == 0) ++finished_;
-    thread.fiber.suspend();
+    thread.fiber.end();
   }
 
   // Fills the place of a cluster that has ended with the next one.
@@ -424,7 +423,7 @@ void shared_index_error(int64_t i, int64_t count) {
 // side
 
 namespace {
-Device emulated;
+thread_local Device emulated;  // two threads may prepare a launch each
 }
 
 OnDevice::OnDevice(int device) : device_(device), before_(device) {

@@ -4,6 +4,31 @@
 
 namespace fdistill::emulator {
 
+void Fiber::begin(void* fiber) {
+  Fiber& self = *static_cast<Fiber*>(fiber);
+  sanitizers::enter_stack(nullptr, &self.caller_stack_, &self.caller_size_);
+  self.entry_(self.argument_);
+  __builtin_unreachable();
+}
+
+void Fiber::resume() {
+  sanitizers::leave_stack(&caller_kept_, stack_, kStack);
+  switch_to_own();
+  sanitizers::enter_stack(caller_kept_, nullptr, nullptr);
+}
+
+void Fiber::suspend() {
+  sanitizers::leave_stack(&kept_, caller_stack_, caller_size_);
+  switch_to_caller();
+  sanitizers::enter_stack(kept_, &caller_stack_, &caller_size_);
+}
+
+void Fiber::end() {
+  sanitizers::leave_stack(nullptr, caller_stack_, caller_size_);
+  switch_to_caller();
+  __builtin_unreachable();
+}
+
 #if defined(__x86_64__)
 
 // Saves the registers a function must preserve and the stack pointer, and goes on with another stack.
@@ -39,45 +64,48 @@ void fdistill_enter_fiber() __attribute__((visibility("hidden")));
 }
 
 void Fiber::prepare(unsigned char* stack, void (*entry)(void*), void* argument) {
+  stack_ = stack, entry_ = entry, argument_ = argument;
+  sanitizers::allow(stack, kStack);                      // frames of a fiber that ended amid them
   auto* top = reinterpret_cast<void**>(stack + kStack);  // a multiple of 16
   *--top = nullptr;                                      // so that entry() finds the stack aligned as a call leaves it
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(&fdistill_enter_fiber);  // returned to
   *--top = nullptr;                                         // rbp
   *--top = nullptr;                                         // rbx
-  *--top = argument;                                        // r12
-  *--top = reinterpret_cast<void*>(entry);                  // r13
+  *--top = this;                                            // r12
+  *--top = reinterpret_cast<void*>(&Fiber::begin);          // r13
   *--top = nullptr;                                         // r14
   *--top = nullptr;                                         // r15
   own_ = top;
 }
 
-void Fiber::resume() { fdistill_switch_stack(&caller_, own_); }
-void Fiber::suspend() { fdistill_switch_stack(&own_, caller_); }
+void Fiber::switch_to_own() { fdistill_switch_stack(&caller_, own_); }
+void Fiber::switch_to_caller() { fdistill_switch_stack(&own_, caller_); }
 
 #else
 
 namespace {
-void enter(unsigned entry_low, unsigned entry_high, unsigned argument_low,
-           unsigned argument_high) {  // makecontext passes ints
+void enter(unsigned begin_low, unsigned begin_high, unsigned fiber_low,
+           unsigned fiber_high) {  // makecontext passes ints
   const auto join = [](unsigned low, unsigned high) {
     return static_cast<uintptr_t>(low) | static_cast<uintptr_t>(high) << 32;
   };
-  reinterpret_cast<void (*)(void*)>(join(entry_low, entry_high))(
-      reinterpret_cast<void*>(join(argument_low, argument_high)));
+  reinterpret_cast<void (*)(void*)>(join(begin_low, begin_high))(reinterpret_cast<void*>(join(fiber_low, fiber_high)));
 }
 }  // namespace
 
 void Fiber::prepare(unsigned char* stack, void (*entry)(void*), void* argument) {
+  stack_ = stack, entry_ = entry, argument_ = argument;
+  sanitizers::allow(stack, kStack);  // frames of a fiber that ended amid them
   getcontext(&own_);
   own_.uc_stack.ss_sp = stack, own_.uc_stack.ss_size = kStack, own_.uc_link = nullptr;
-  const auto e = reinterpret_cast<uintptr_t>(entry), a = reinterpret_cast<uintptr_t>(argument);
+  const auto b = reinterpret_cast<uintptr_t>(&Fiber::begin), f = reinterpret_cast<uintptr_t>(this);
   const auto half = [](uintptr_t v, int shift) { return static_cast<unsigned>(v >> shift); };
-  makecontext(&own_, reinterpret_cast<void (*)()>(&enter), 4, half(e, 0), half(e, 32), half(a, 0), half(a, 32));
+  makecontext(&own_, reinterpret_cast<void (*)()>(&enter), 4, half(b, 0), half(b, 32), half(f, 0), half(f, 32));
 }
 
-void Fiber::resume() { swapcontext(&caller_, &own_); }
-void Fiber::suspend() { swapcontext(&own_, &caller_); }
+void Fiber::switch_to_own() { swapcontext(&caller_, &own_); }
+void Fiber::switch_to_caller() { swapcontext(&own_, &caller_); }
 
 #endif
 

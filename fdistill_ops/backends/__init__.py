@@ -3,12 +3,14 @@
 A back end is a module with ``name`` and the functions ``f_weights``, ``distribution_matching``, ``difference``,
 ``f_distill`` and ``score_identity``, which take checked tensors and the records of :mod:`fdistill_ops.params`, and
 ``scale_gradient``, with which backward multiplies a saved gradient by the incoming one. ``backends/cpu.py`` is the
-pattern. The reference has none of these: the public functions then evaluate :mod:`fdistill_ops.reference` itself.
+pattern. Public functions evaluate :mod:`fdistill_ops.reference` itself where that is chosen; ``backends/reference.py``
+serves the operators (torch.compile, tracing).
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib
 import importlib.util
@@ -20,12 +22,15 @@ from typing import Any
 import torch
 
 from .. import _native
+from .._validation import unknown
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 _EMULATED = "cuda-emulated"  # tests alone: set_backend knows it where it was built
 _DEFAULT = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the first that can
 _environment = os.environ.get("FDISTILL_BACKEND") or None
-_override: str | None = None
+_UNSET: Any = object()
+_of_process: str | None = None
+_of_context: contextvars.ContextVar[str | None] = contextvars.ContextVar("fdistill_backend", default=_UNSET)
 _loaded: dict[str, Any] = {}
 _warned = False
 
@@ -90,47 +95,55 @@ def unavailable_backends() -> dict[str, str]:
 
 
 def set_backend(name: str | None) -> None:
-    """Makes every call use that back end. None restores the environment variable FDISTILL_BACKEND or, without one,
-    the default (cpu for CPU tensors; cuda for CUDA tensors where it was built for that GPU, else triton).
+    """Makes every call of this process use that back end, but for those within a :func:`use_backend` block. None
+    restores the environment variable FDISTILL_BACKEND or, without one, the default (cpu for CPU tensors; cuda for CUDA
+    tensors where it was built for that GPU, else triton).
 
     Raises:
         ValueError: unknown name.
         RuntimeError: that back end is not available here; the message says why.
     """
-    global _override
-    if name is not None:
-        _check_name(name, "name")
-        if reason := _why_not(name):
-            raise RuntimeError(reason)
-    _override = name
+    global _of_process
+    _of_process = _usable(name)
 
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """:func:`set_backend` for the length of a ``with`` block."""
-    previous = _override
-    set_backend(name)
+    """Makes every call in a ``with`` block use that back end; None: as if neither this nor :func:`set_backend` had been
+    called. It holds for the thread, or asyncio task, that the block runs in, and no other. Compiled code asks for
+    the back end whenever it runs.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`set_backend`.
+    """
+    token = _of_context.set(_usable(name))
     try:
         yield
     finally:
-        set_backend(previous)
+        _of_context.reset(token)
+
+
+def _usable(name: str | None) -> str | None:
+    if name is not None:
+        _check_name(name, "name")
+        if reason := _why_not(name):
+            raise RuntimeError(reason)
+    return name
 
 
 def _check_name(name: str, argument: str) -> None:
-    if name not in _names():
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, _names()))}; got {name!r}")
+    if not isinstance(name, str) or name not in _names():
+        unknown(name, argument, _names())
 
 
 def choose(device: torch.device) -> str:
-    """The name of the back end that serves tensors on this device. A constant to torch.compile, which traces it
-    again after set_backend.
+    """The name of the back end that serves tensors on this device. A call asks once.
 
     Raises:
         RuntimeError: the chosen or default one cannot.
     """
-    if torch.compiler.is_compiling():
-        return _decide(_override, device.type)
-    key = (_override, device.type)
+    wanted = _of_context.get()
+    key = (_of_process if wanted is _UNSET else wanted, device.type)
     found = _chosen.get(key)
     if found is None:
         found = _chosen[key] = _decide(*key)
@@ -167,30 +180,17 @@ def _decide(override: str | None, device_type: str) -> str:
     return "reference"
 
 
-# What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo with this package.
-_decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def kernels(device: torch.device) -> Any:
-    """The back end that serves tensors on this device, as a module of kernels.
-
-    Raises:
-        RuntimeError: it is the reference, which has none.
-    """
-    name = choose(device)
+def kernels(name: str) -> Any:
+    """The back end of that name, as a module of kernels."""
     found = _loaded.get(name)
     if found is None:
-        if name == "reference":
-            raise RuntimeError(
-                "the back end 'reference' is plain PyTorch and has no operators: call the public functions"
-            )
         found = _loaded[name] = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     return found
 
 
 def empty_cache() -> int:
     """Gives the memory that finished gradients left for the next ones back to the system. Returns its bytes."""
-    for found in _loaded.values():
+    for found in list(_loaded.values()):
         if hasattr(found, "empty_cache"):  # what a GPU's kernels keep on their streams: little, and not counted
             found.empty_cache()
     return _native.module().pool_trim() if _native.module() is not None else 0

@@ -3,7 +3,7 @@ records."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,38 @@ DTYPES = {
 }
 
 
-def record(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...], Tensor] | None:
-    """(address, dtype, strides), and the tensor itself, which keeps the memory alive."""
+# The order of csrc/include/fdistill/calls.h.
+_OPERAND_NAMES = (
+    *("x", "teacher", "fake", "teacher_uncond", "x_t", "mask", "weight", "alpha", "sigma"),
+    *("the gradient of x", "the gradient of teacher", "the gradient of fake"),
+)
+MAX_DIMS = 64  # kMaxDims of csrc/include/fdistill/layout.h
+
+
+def record(tensor: Tensor | None, name: str) -> tuple[int, int, tuple[int, ...], Tensor] | None:
+    """(address, dtype, strides), and the tensor itself, which keeps the memory alive; None for one without elements."""
     if tensor is None:
         return None
-    tensor = plain(tensor)
-    return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.stride(), tensor
+    tensor = plain(tensor, name)
+    address = tensor.data_ptr()
+    return (address, DTYPES[tensor.dtype], tensor.stride(), tensor) if address else None
+
+
+def _of_few_dimensions(x: Tensor) -> Callable[[Any], Any]:
+    """For an x of more dimensions than the kernels take: a function that makes x, or what has a leading part of its
+    shape, a view without the dimensions of size 1."""
+    kept = [0, *(d for d in range(1, x.ndim) if x.shape[d] != 1)]
+    if 0 in x.shape[1:]:  # no elements: one dimension says so
+        kept = [0, 1 + x.shape[1:].index(0)]
+
+    def view(tensor: Any) -> Any:
+        if tensor is None:
+            return None
+        dims = [d for d in kept if d < tensor.ndim]
+        sizes, strides = [tensor.shape[d] for d in dims], [tensor.stride(d) for d in dims]
+        return tensor.detach().as_strided(sizes, strides)
+
+    return view
 
 
 class Compiled(Functions):
@@ -55,7 +81,8 @@ class Compiled(Functions):
             t = t.double()
         heads = logits.shape[1] if logits.ndim == 2 else 1
         new_address = 0 if new_bins is None else new_bins.data_ptr()
-        arguments = (logits.shape[0], heads, record(logits), record(t), bins_address, n_bins, new_address, params)
+        histogram = (bins_address, n_bins, new_address)
+        arguments = (logits.shape[0], heads, record(logits, "logits"), record(t, "t"), *histogram, params)
         return (*arguments, bins), new_bins  # the last only to be kept alive
 
     def compute_weights(self, arguments: tuple[Any, ...], weights: Tensor, ratio_stats: Tensor) -> None:
@@ -74,24 +101,17 @@ class Compiled(Functions):
         x, teacher, fake = inputs
         weight, uncond, guidance, mask, x_t, alpha, sigma, normalizer = tensors
         loss, scale, stats = results
-        operands = (
-            record(x),
-            record(teacher),
-            record(fake),
-            record(uncond),
-            record(x_t),
-            record(mask),
-            record(weight),
-            record(alpha),
-            record(sigma),
-            *[record(gradient) for gradient in gradients],
-        )
+        operands = [x, teacher, fake, uncond, x_t, mask, weight, alpha, sigma, *gradients]
+        shape = tuple(x.shape)
+        if x.ndim > MAX_DIMS:
+            view = _of_few_dimensions(x)
+            operands, shape = [view(operand) for operand in operands], tuple(view(x).shape)
         self.run_loss(
-            x.device,
-            tuple(x.shape),
-            operands,
-            record(guidance),
-            record(normalizer),
+            loss.device,
+            shape,
+            tuple(map(record, operands, _OPERAND_NAMES)),
+            record(guidance, "guidance_scale"),
+            record(normalizer, "normalizer"),
             params,
             weight_arguments,
             score_identity,

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._checks import OptionalTensors
 from ..params import LossParams
 from ._compiled import DTYPES, Compiled, record
-from ._shared import batched, is_dense, plain, rows_are_dense, scaled
+from ._shared import is_dense, mark_changed, opaque, plain, rows_are_dense, scaled
 
 _MAX_DIMS = 9  # of x, beyond which a sample may have more dimensions than the kernels take (kDims in csrc/cuda)
 _FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -95,10 +95,10 @@ class Cuda(Compiled):
         is nothing to copy, nothing else."""
         if gradient.dtype is not torch.float16:
             scale = None
-        if batched(upstream):
+        if opaque(upstream):
             return scaled(gradient, upstream if scale is None else upstream * scale)
         per_sample = upstream.ndim == 1 or scale is not None
-        gradient = plain(gradient)
+        gradient = plain(gradient, "gradient")
         in_order = rows_are_dense(gradient) or (not per_sample and is_dense(gradient))
         if not in_order or upstream.dtype not in _FLOATING:
             return scaled(gradient, upstream if scale is None else upstream * scale)
@@ -111,11 +111,13 @@ class Cuda(Compiled):
             DTYPES[gradient.dtype],
             batch,
             gradient.numel() // batch if batch else 0,
-            record(upstream),
-            record(scale),
+            record(upstream, "the incoming gradient"),
+            record(scale, "scale"),
             index,
             self._stream_of(index),
         )
+        if not keep:
+            mark_changed(gradient)
         return out
 
     def empty_cache(self) -> None:

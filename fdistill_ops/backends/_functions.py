@@ -12,7 +12,7 @@ from torch import Tensor
 from .._checks import OptionalTensors, compute_dtype
 from ..params import REDUCTIONS, LossParams, WeightParams
 from ..stats import FIELDS
-from ._shared import in_dtype_of
+from ._shared import in_dtype_of, mark_changed
 
 _SAMPLE = REDUCTIONS["sample"]
 
@@ -106,6 +106,8 @@ class Functions:
         """g: the gradient of the sum (params.reduction)."""
         g = self.gradient_like(x) if out is None else out
         self._loss((x, teacher, fake), tensors, params, (g, None, None), with_scale=False)
+        if out is not None:
+            mark_changed(out)
         return g
 
     def f_distill(

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .._validation import PLAIN_TYPES, has_memory, without_memory
 
 _is_batched = torch._C._functorch.is_batchedtensor
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def plain(tensor: Tensor) -> Tensor:
+def plain(tensor: Tensor, name: str) -> Tensor:
     """The tensor with its values in memory: not negated lazily, not a zero without memory, as automatic
-    differentiation makes them."""
+    differentiation makes them.
+
+    Raises:
+        TypeError: it has no memory, such as a functional tensor outside the transform that made it.
+    """
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
-    return tensor.clone() if tensor.data_ptr() == 0 and tensor.numel() > 0 else tensor
+    if not has_memory(tensor) and (tensor.numel() > 0 or torch._is_zerotensor(tensor)):
+        tensor = tensor.clone()
+        if not has_memory(tensor) and tensor.numel() > 0:
+            raise without_memory(name)
+    return tensor
+
+
+def mark_changed(tensor: Tensor) -> None:
+    """Tells PyTorch, which has not seen it, that a kernel has changed the tensor: a second backward that would read it
+    is then refused, as after any operation in place."""
+    if not tensor.is_inference():
+        increment_version(tensor)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -39,6 +57,7 @@ def histogram_buffers(bins: Tensor | None) -> tuple[Tensor | None, Tensor | None
     """The histogram as the kernels read it, float32 and dense, and memory for the new one."""
     if bins is None:
         return None, None
+    bins = plain(bins, "histogram.bins")
     bins = bins if bins.dtype == torch.float32 and bins.is_contiguous() else bins.float().contiguous()
     return bins, torch.empty_like(bins)
 
@@ -50,9 +69,10 @@ def in_dtype_of(bins: Tensor | None, new_bins: Tensor | None) -> Tensor | None:
     return new_bins.double().clamp(max=torch.finfo(bins.dtype).max).to(bins.dtype)
 
 
-def batched(factor: Tensor) -> bool:
-    """Whether it stands for several incoming gradients at once (vmap)."""
-    return _is_batched(factor) or _is_legacy_batched(factor)
+def opaque(factor: Tensor) -> bool:
+    """Whether an incoming gradient stands for something that PyTorch's own operations alone know: several at once
+    (vmap), or a tensor of another type."""
+    return _is_batched(factor) or _is_legacy_batched(factor) or type(factor) not in PLAIN_TYPES
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ._compiled import DTYPES, Compiled
-from ._shared import batched, is_dense, plain, rows_are_dense, scaled
+from ._compiled import DTYPES, MAX_DIMS, Compiled
+from ._shared import is_dense, mark_changed, opaque, plain, rows_are_dense, scaled
 
 name = "cpu"
 
@@ -24,7 +24,7 @@ class Cpu(Compiled):
         """Large ones reuse the memory of earlier gradients: fresh memory costs more in page faults than the gradient
         takes to write."""
         bytes_ = x.numel() * x.itemsize
-        if bytes_ < _POOLED_BYTES or not (x.is_contiguous() or is_dense(x)):
+        if bytes_ < _POOLED_BYTES or x.ndim > MAX_DIMS or not (x.is_contiguous() or is_dense(x)):
             return torch.empty_like(x)
         return _from_dlpack(_C.pooled_empty(tuple(x.shape), x.stride(), DTYPES[x.dtype], bytes_))
 
@@ -49,7 +49,7 @@ def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, kee
     is what float16 gradients were stored without (csrc/cpu/loss.cpp). Reading the factor costs nothing: it is in
     host memory."""
     factor = upstream if scale is None or gradient.dtype is not torch.float16 else upstream * scale
-    if batched(factor):
+    if opaque(factor):
         return scaled(gradient, factor)
     if factor.ndim == 0:
         number = factor.item()
@@ -67,10 +67,12 @@ def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, kee
 
 def _scaled_rows(gradient: Tensor, factor: Tensor, keep: bool) -> Tensor:
     """``scaled`` in one pass, where PyTorch's product of a 16-bit tensor and float32 factors makes float32 copies."""
-    gradient, factor = plain(gradient), plain(factor).contiguous()
+    gradient, factor = plain(gradient, "gradient"), plain(factor, "the incoming gradient").contiguous()
     out = torch.empty_like(gradient) if keep else gradient
     batch = gradient.shape[0]
     rows = batch, gradient.numel() // batch if batch else 0
     dtype, threads = DTYPES[gradient.dtype], torch.get_num_threads()
     _C.scale_rows(gradient.data_ptr(), out.data_ptr(), dtype, *rows, factor.data_ptr(), threads)
+    if not keep:
+        mark_changed(gradient)
     return out

@@ -25,7 +25,8 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from .._checks import OptionalTensors, compute_dtype
+from .._checks import LOSS_NAMES, OptionalTensors, compute_dtype
+from .._validation import has_memory
 from ..kernels.loss import N_COUNTERS, chunk_kernel, sample_kernel
 from ..kernels.scale import scale_kernel
 from ..kernels.summary import FIELDS as SCRATCH_FIELDS
@@ -34,14 +35,14 @@ from ..params import NORMALIZERS, PREDICTIONS, REDUCTIONS, LossParams, WeightPar
 from ..predictions import rows_like
 from ._functions import Functions
 from ._layout import Strides, plan
-from ._shared import batched, histogram_buffers, plain, rows_are_dense, scaled
+from ._shared import histogram_buffers, mark_changed, opaque, plain, rows_are_dense, scaled
 
 name = "triton"
 
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _PREDICTIONS, _REDUCTIONS = tuple(PREDICTIONS), tuple(REDUCTIONS)
 _NORMALIZERS = tuple(map(str, NORMALIZERS))
-_MEAN, _, _SAMPLE = REDUCTIONS.values()
+_MEAN, _SAMPLE = REDUCTIONS["mean"], REDUCTIONS["sample"]
 _MEAN_ABS = NORMALIZERS["mean_abs"]
 
 # Block sizes, in elements.
@@ -256,9 +257,9 @@ class Triton(Functions):
     def weight_arguments(
         self, logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
     ) -> tuple[_Weights, Tensor | None]:
-        logits = plain(logits)
+        logits = plain(logits, "logits")
         if t is not None:
-            t = plain(t)
+            t = plain(t, "t")
             if t.dtype not in _TIME_DTYPES:
                 t = t.double()
         bins, new_bins = histogram_buffers(bins)
@@ -305,7 +306,8 @@ class Triton(Functions):
         score_identity: bool,
     ) -> None:
         x, teacher, fake, weight, uncond, guidance, mask, x_t, alpha, sigma, normalizer = (
-            tensor if tensor is None else plain(tensor) for tensor in (*inputs, *tensors)
+            tensor if tensor is None else plain(tensor, name)
+            for name, tensor in zip(LOSS_NAMES, (*inputs, *tensors), strict=True)
         )
         assert x is not None and teacher is not None and fake is not None
         dtype, device = results[0].dtype, x.device
@@ -341,7 +343,7 @@ class Triton(Functions):
         if mask is not None and params.reduction == _MEAN:
             count = mask.sum()
         elif mask is not None and params.reduction == _SAMPLE and program is None:
-            count = mask.sum(tuple(range(1, mask.ndim)))
+            count = mask.sum(tuple(range(1, mask.ndim))) if mask.ndim <= 64 else mask.flatten(1).sum(1)
         weight_rows, n_weight_rows = None, B
         if params.need_stats and weight is not None:
             weight_rows, n_weight_rows = weight.contiguous(), weight.numel()
@@ -468,10 +470,10 @@ def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, kee
     gradients were stored without."""
     if gradient.dtype is not torch.float16:
         scale = None
-    if keep or batched(upstream) or upstream.is_neg() or upstream.data_ptr() == 0 or not rows_are_dense(gradient):
+    if keep or opaque(upstream) or upstream.is_neg() or not has_memory(upstream) or not rows_are_dense(gradient):
         factor = upstream if scale is None else upstream * scale
         product = scaled(gradient, factor)
-        return product if keep or batched(factor) else gradient.copy_(product)
+        return product if keep or opaque(factor) else gradient.copy_(product)
     if gradient.numel() == 0:
         return gradient
     B = gradient.shape[0]
@@ -495,4 +497,5 @@ def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, kee
         C=_COMPUTE[upstream.dtype],
         BLOCK=program.block,
     )
+    mark_changed(gradient)
     return gradient

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence
+from ..histogram import RatioHistogram
 from ..losses import distribution_matching_loss
-from ..weights import RatioHistogram, f_weights
+from ..weights import f_weights
 from ._patching import Patch, Patched, Target
 from ._results import in_dtype_of
 
@@ -81,7 +82,7 @@ def f_div_weighting_h(model: Any, fake_logits: Tensor, t: Tensor) -> Tensor:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     weights = f_weights(
         fake_logits,
-        t,
+        None if histogram is None else t,
         divergence=_divergence(model, config.f_div),
         ratio_clip=(config.ratio_lower, config.ratio_upper),
         histogram=histogram,

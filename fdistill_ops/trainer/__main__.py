@@ -7,26 +7,32 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fdistill_ops as fd
 
 from .._arguments import device_name, integer, number
-from . import data, ranks
+from . import data, models, ranks
 from .compare import Comparison, compare
-from .config import Config, defaults
+from .config import Config, defaults, shown
 from .files import reason, say
 from .interruption import Interrupted, raised
-from .own_data import DataError
+from .limits import DataError
+from .lock import held
+from .mixtures import MIXTURES
+from .networks import MissingPackage
 from .run import run
 from .training import TrainingError
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 COMPARED = ("js", "forward_kl", "reverse_kl", "jeffreys")
 EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}  # module: distribution
+
+FINISHED = {"sample": models.sample, "export": models.export}  # what is done with a finished run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,18 +42,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = f"rank {os.environ['RANK']}: " if ranks.requested() > 1 else ""
     try:
         with raised():
+            arguments = list(sys.argv[1:] if argv is None else argv)
+            if arguments[:1] and arguments[0] in FINISHED:
+                FINISHED[arguments[0]](arguments[1:])()
+                return 0
             wanted = parse(argv)
             if isinstance(wanted, Comparison):
                 torch.set_num_threads(wanted.runs[0].threads)
-                compare(wanted)
+                with held(wanted.out):
+                    compare(wanted)
             else:
                 torch.set_num_threads(wanted.threads)
-                with ranks.joined(wanted.device):
+                with ranks.joined(wanted.device), held(wanted.out):
                     run(wanted)
     except Interrupted as signal:
         say(f"\nfdistill-train: {rank}{signal.name}: every file is whole; the same command goes on from here")
         return signal.status
-    except (TrainingError, DataError, OSError) as error:
+    except (TrainingError, DataError, MissingPackage, OSError) as error:
         say(f"fdistill-train: {rank}error: {error}")
         return 1
     except RuntimeError as error:
@@ -69,7 +80,8 @@ def parse(argv: Sequence[str] | None) -> Config | Comparison:
         prog="fdistill-train",
         description="Trains a small EDM teacher, distils it into one-step students with the f-distill loss, and writes "
         "a report: table, sample grids, weights over time.",
-        epilog="fdistill-train compare --help: the comparison of divergences over data sets and seeds.",
+        epilog="fdistill-train compare --help: the comparison of divergences over data sets and seeds; sample --help "
+        "and export --help: samples and weights of a finished run.",
     )
     what = f"{', '.join(data.NAMES)}, a folder of images, or a .npy or .npz file (default: %(default)s)"
     parser.add_argument("--data", type=_data, default=Config.data, help=what)
@@ -112,15 +124,36 @@ def _add_options(parser: argparse.ArgumentParser, divergences: tuple[str, ...]) 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--image-size", type=integer(4, 128), help="scales and crops images from a path to N x N pixels")
+    most = "of {}; what has more is refused before it is read (default: %(default)s)"
+    add("--max-pixels", type=integer(1, 2**40), default=default.max_pixels, help=most.format("a picture from a path"))
+    add("--max-mib", type=integer(1, 2**30), default=default.max_mib, help=most.format("all images from a path in MiB"))
     add("--cache", type=Path, help="folder for what is trained (default: OUT/cache)")
     names = ",".join(divergences)
     add("--divergences", type=_divergences, default=divergences, help=f"a student for each (default: {names})")
-    add("--teacher-steps", type=integer(1, 10**9), help="(default: by the data)")
-    add("--distill-steps", type=integer(1, 10**9), help="updates of each student (default: by the data)")
+    tuned: dict[str, tuple[Callable[[str], Any], str]] = {
+        "classifier_steps": (integer(1, 10**9), "of what judges images with classes "),
+        "teacher_steps": (integer(1, 10**9), ""),
+        "distill_steps": (integer(1, 10**9), "updates of each student "),
+        "width": (integer(8, 2**16), "hidden units of an MLP; a quarter of it are the channels of a U-Net "),
+        "depth": (integer(1, 1024), "blocks of an MLP; a quarter of it are the layers of a U-Net at each size "),
+        "batch_size": (integer(1, 2**16), "of all ranks together "),
+        "teacher_lr": (number(0, above=True), "learning rate of the teacher "),
+        "student_lr": (number(0, above=True), "of the student "),
+        "fake_lr": (number(0, above=True), "of the fake score "),
+        "discriminator_lr": (number(0, above=True), ""),
+        "ema": (number(0, 1), "rate of the moving averages of parameters; 0 is none "),
+        "gan_weight": (number(0), "of the GAN loss in the student's loss "),
+        "fake_updates": (integer(1, 1000), "updates of fake score and discriminator per update of the student "),
+        "distill_sigma_min": (number(0, above=True), "least noise level at which student and teacher are compared "),
+        "distill_sigma_max": (number(0, above=True), "largest one "),
+    }
+    for name, (kind, text) in tuned.items():
+        add(f"--{name.replace('_', '-')}", type=kind, help=f"{text}(default: {shown(name)})")
     add("--student-steps", type=integer(1, 64), default=1, help="of the student's sampler (default: %(default)s)")
     add("--guidance", type=number(0), default=1.0, help="of the teacher; 1 is none (default: %(default)s)")
-    add("--width", type=integer(8, 2**16), help="hidden units of the networks (default: by the data)")
-    add("--depth", type=integer(1, 1024), help="blocks of the networks (default: by the data)")
+    held_out = "share of the images that is only compared with, 0 or from 0.05 (default: %(default)s)"
+    add("--hold-out", type=number(0, 0.9), default=default.hold_out, help=held_out)
+    add("--flip", action="store_true", help="trains on the mirror images of images too")
     add("--precision", choices=PRECISIONS, default=default.precision, help="of the networks (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile of the distillation's losses")
     add("--cuda-graph", action="store_true", help="capture the student's update in a CUDA graph")
@@ -131,17 +164,28 @@ def _add_options(parser: argparse.ArgumentParser, divergences: tuple[str, ...]) 
         default=every,
         help="steps between checkpoints (default: %(default)s)",
     )
-    add("--batch-size", type=integer(1, 2**16), help="of all ranks together (default: by the data)")
     add("--seed", type=integer(0, 2**32), default=default.seed, help="(default: %(default)s)")
     add("--threads", type=integer(1, 1024), default=default.threads, help="of the CPU (default: %(default)s)")
     add("--device", type=device_name, default=device, help="cpu, cuda or cuda:N (default: %(default)s)")
-    add("--quick", action="store_true", help="a run of a few seconds, to see that everything works")
+    add("--quick", action="store_true", help="few steps, to see that everything works")
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace, names: Sequence[str]) -> None:
     """What a parser cannot see in one argument alone; makes the folders."""
+    if 0 < arguments.hold_out < 0.05:
+        parser.error(f"argument --hold-out: must be 0 or a number from 0.05 to 0.9, got {arguments.hold_out:g}")
     for name in names:
         settings = defaults(name, arguments.quick)
+        if name in MIXTURES and (arguments.flip or arguments.hold_out != Config.hold_out):
+            option = "flip" if arguments.flip else "hold-out"
+            parser.error(f"argument --{option}: only for images, and {name} is points, drawn anew to be compared with")
+        noise = [
+            getattr(arguments, key) or settings.get(key, getattr(Config, key))
+            for key in ("distill_sigma_min", "distill_sigma_max")
+        ]
+        if noise[0] >= noise[1]:
+            allowed = f"less than --distill-sigma-max, {noise[1]:g}"
+            parser.error(f"argument --distill-sigma-min: must be {allowed}, got {noise[0]:g}")
         batch_size = arguments.batch_size or settings.get("batch_size", Config.batch_size)
         if batch_size % ranks.requested():
             allowed = f"a multiple of the number of ranks, {ranks.requested()}"

@@ -31,11 +31,14 @@ from .evaluate import Judge, Row, Sampler, evaluate
 from .files import Log, say
 from .findings import REFERENCE, canonical, findings
 from .interruption import Interrupted, raised
-from .own_data import DataError
+from .limits import DataError
+from .networks import MissingPackage
+from .progress import bar
 from .run import Stages, losses_by, teacher_samplers
 from .training import TrainingError, random_numbers
 
-MEASURED = 1  # another number where ``measure`` means something else
+NO_PART = ("divergences", "threads", "checkpoint_every", "max_pixels", "max_mib")  # in a result, but for what is added
+MEASURED = 2  # another number where ``measure`` means something else
 Measured = dict[str, Any]  # what ``measure`` has found, in types that torch.load reads with weights_only
 
 
@@ -54,7 +57,8 @@ def compare(comparison: Comparison) -> None:
         Stages(config, load(config), Log(None))  # what is wrong with somebody's data comes before any training
     if comparison.jobs > 1:
         in_parallel(comparison)
-    measured = [measure(config) for config in comparison.runs]
+    runs = bar("comparison", comparison.runs) if comparison.jobs == 1 else comparison.runs
+    measured = [measure(config) for config in runs]
     # The paper's claims are put to the test where the modes are known.
     found = findings([result for one in measured for result in one["results"] if "divergences" in result])
     comparison_report.write(comparison.out, comparison.runs, measured, found)
@@ -68,6 +72,7 @@ def in_parallel(comparison: Comparison) -> None:
         TrainingError: where a process fails; the others are ended first, once they have saved.
     """
     context = multiprocessing.get_context("spawn")
+    progress = bar("comparison", total=len(comparison.runs))
     waiting = list(comparison.runs)
     running: list[SpawnProcess] = []
     try:
@@ -78,10 +83,12 @@ def in_parallel(comparison: Comparison) -> None:
                 running.append(process)
             wait([process.sentinel for process in running])
             ended = [process for process in running if process.exitcode is not None]
+            progress.update(len(ended))
             if any(process.exitcode for process in ended):
                 raise TrainingError("one of the processes has failed")
             running = [process for process in running if process not in ended]
     finally:
+        progress.close()
         for process in running:
             process.terminate()  # SIGTERM, on which a training saves
         for process in running:
@@ -103,7 +110,7 @@ def _process(config: Config) -> None:
             measure(config)
     except Interrupted as interrupted:
         sys.exit(interrupted.status)
-    except (TrainingError, DataError, OSError) as error:
+    except (TrainingError, DataError, MissingPackage, OSError) as error:
         say(f"fdistill-train: {config.data}, seed {config.seed}: error: {error}")
         sys.exit(1)
 
@@ -111,7 +118,7 @@ def _process(config: Config) -> None:
 def measure(config: Config) -> Measured:
     """Everything about one data set and seed, from the file where it is there."""
     data = load(config)
-    names = [name for name in config.settings() if name not in ("divergences", "threads", "checkpoint_every")]
+    names = [name for name in config.settings() if name not in NO_PART]
     formulas = [(name, repr(fd.get_divergence(name))) for name in config.divergences]
     more = losses_by(config) | {"divergences": formulas, "measured": MEASURED}
     key = config.key(*names, data=data.fingerprint, **more)
@@ -129,6 +136,8 @@ def measure(config: Config) -> Measured:
 
 def _measure(config: Config, data: Data, stages: Stages) -> Measured:
     judge = Judge(data, stages.classifier(), config.seed)
+    if judge.warning:
+        say(f"warning: {data.name}, seed {config.seed}: {judge.warning}")
     teacher = stages.teacher()
     samplers = teacher_samplers(teacher, config)[:1]
     common: dict[str, float] = {}
@@ -158,6 +167,7 @@ def _measure(config: Config, data: Data, stages: Stages) -> Measured:
     return {
         "name": data.name,
         "seed": config.seed,
+        "compared": data.compared,
         "rows": rows[:2],
         "results": [by_name[result["divergence"]] | result for result in results],
         "curves": curves,
@@ -182,7 +192,7 @@ def gradient_variances(run: Distillation, divergences: tuple[str, ...]) -> dict[
     own, gen = run.loss, run.gen
     run.gen = random_numbers(run.config, "gradients")
     try:
-        for _ in range(batches):
+        for _ in bar("gradients", range(batches)):
             draws = run.draw()
             for name, loss in losses.items():
                 run.loss = loss.to(run.config.device).eval()  # the histogram stays as it is

@@ -12,11 +12,11 @@ from typing import Any
 
 from . import figures
 from .config import Config
-from .evaluate import LEAST_EXPECTED, LOST, NEIGHBOURS, WITHIN, Row
+from .evaluate import LEAST_EXPECTED, LOST, NEIGHBOURS, WITHIN, Row, poor_judge
 from .files import to_json, write_text
 from .findings import LEVEL, Finding
-from .mixtures import MIXTURES
-from .report import markdown
+from .mixtures import FAR, MIXTURES
+from .report import WEAK, WEAK_NOTE, markdown, stray_title
 
 Measured = dict[str, Any]
 
@@ -27,9 +27,11 @@ have classes, and in principal components of images of one class.
 
 - Modes lost: of the components of a mixture, or of k-means clusters of the training images' features; a mode is lost
   where the samples have less than {LOST:.0%} of its true mass. There are so many samples that the lightest mode expects
-  {LEAST_EXPECTED}.
+  {LEAST_EXPECTED}, or as many as the settings say (mode_samples), if that is fewer.
 - Precision, recall: k-NN manifolds, k = {NEIGHBOURS}. Frechet distance: to the training data; lower is better.
 - Near a mode: samples within {WITHIN:g} standard deviations of a component's centre; 98.9% of the mixture's are.
+- Far from modes: samples beyond {FAR:g} standard deviations of every centre. Between modes: samples within one of a
+  midpoint between neighbouring centres: bridges. Exact: of the mixture itself, in both.
 - D_f: the divergence trained with, and the Jensen-Shannon divergence, of the samples from the mixture's exact density,
   both with noise of a component's standard deviation. The samples' density is that of the noisy empirical distribution.
   It can be infinite, for instance by chi-squared where a component has no samples near.
@@ -43,6 +45,15 @@ Paired, one-sided t-tests over the seeds against reverse KL, at the {LEVEL:.0%} 
 method for the divergences of one claim on one data set. Less mode-seeking are those whose h(r) grows with r = p/q.
 """
 
+STRAYS = ("far", "between")
+JUDGED = (
+    "modes lost",
+    "precision",
+    "recall",
+    "Frechet distance",
+    "class as asked",
+)  # by the classifier, if any
+
 # Column: where its number comes from, and its format. One that nobody has is left out.
 COLUMNS: dict[str, tuple[Callable[[Row], Any], str]] = {
     "modes lost": (lambda row: row.get("modes_lost"), ".2f"),
@@ -50,6 +61,8 @@ COLUMNS: dict[str, tuple[Callable[[Row], Any], str]] = {
     "recall": (lambda row: row["recall"], ".3f"),
     "Frechet distance": (lambda row: row["frechet"], ".4f"),
     "near a mode": (lambda row: row.get("high_quality"), ".3f"),
+    "far": (lambda row: row.get("far"), ".2%"),
+    "between": (lambda row: row.get("between"), ".2%"),
     "own D_f": (lambda row: (row.get("divergences") or {}).get(row.get("divergence")), ".3f"),
     "JS divergence": (lambda row: row.get("jensen_shannon"), ".3f"),
     "class as asked": (lambda row: row.get("agreement"), ".3f"),
@@ -84,10 +97,14 @@ def table(measured: Sequence[Measured]) -> list[dict[str, str]]:
     lines = []
     for name, rows in groups.items():
         numbers = {column: cell([get(row) for row in rows], form) for column, (get, form) in COLUMNS.items()}
+        if any(row.get("weak") for row in rows):
+            numbers |= {column: numbers[column] + WEAK for column in JUDGED if numbers[column] != "-"}
         lines.append({"samples from": name} | numbers)
     used = [column for column in lines[0] if any(line[column] != "-" for line in lines)]
     modes = measured[0]["results"][0]["modes"]
-    titles = {column: f"modes lost of {modes}" if column == "modes lost" else column for column in used}
+    exact = measured[0]["rows"][0].get("exact", {})
+    titles = {column: column for column in used} | {"modes lost": f"modes lost of {modes}"}
+    titles |= {name: stray_title(name, exact[name]) for name in STRAYS if name in exact}
     return [{titles[column]: line[column] for column in used} for line in lines]
 
 
@@ -122,11 +139,19 @@ def write(out: Path, runs: Sequence[Config], measured: Sequence[Measured], found
         if here[0]["results"][0].get("divergences"):
             tables.append(divergence_table(here))
         sentences = [finding.sentence for finding in found if finding.data == name]
-        parts = [f"## {name}", *(markdown(lines) for lines in tables)]
+        warning = poor_judge([row for one in here for row in one["rows"]], here[0]["compared"])
+        warning = warning and f"Warning: {warning}. {WEAK_NOTE}"
+        parts = [f"## {name}", *filter(None, [warning]), *(markdown(lines) for lines in tables)]
         parts += ["\n".join(f"- {sentence}" for sentence in sentences)] if sentences else []
         print("\n\n".join(parts), end="\n\n")
         text += parts
-        page += [f"<h2>{html.escape(name)}</h2>", *map(_html_table, tables), _html_list(sentences), *_plots(here[0])]
+        page += [
+            f"<h2>{html.escape(name)}</h2>",
+            *map(_paragraphs, filter(None, [warning])),
+            *map(_html_table, tables),
+            _html_list(sentences),
+            *_plots(here[0]),
+        ]
     settings = {config.data: config.settings() for config in runs if config.seed == runs[0].seed}
     text.append(TESTS.rstrip())
     page.append(_paragraphs(TESTS))

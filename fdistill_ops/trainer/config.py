@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .limits import Limits
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -17,6 +19,10 @@ class Config:
 
     data: str = "digits"  # a name in data.NAMES, or a path
     image_size: int | None = None  # to which images from a path are scaled and cropped
+    max_pixels: int = Limits.pixels  # of one of them
+    max_mib: int = Limits.mib  # of all of them
+    hold_out: float = 0.25  # share of the images that is only compared with
+    flip: bool = False  # mirror images are trained on too
     out: Path = Path("runs/digits")
     cache: Path = Path("runs/digits/cache")
     divergences: tuple[str, ...] = ("js", "reverse_kl")
@@ -30,8 +36,8 @@ class Config:
     checkpoint_every: int = 500  # steps
     ema: float = 0.98  # of the parameters, in every training
 
-    width: int = 192
-    depth: int = 4
+    width: int = 192  # hidden units of an MLP; a quarter of it are the channels of a U-Net
+    depth: int = 4  # blocks of an MLP; a quarter of it are the layers of a U-Net at each resolution
 
     classifier_steps: int = 600
     classifier_lr: float = 1e-3
@@ -44,7 +50,7 @@ class Config:
     noise_std: float = 1.2
     sampler_steps: int = 18
     sigma_min: float = 0.02
-    sigma_max: float = 20.0  # of the sampler, of the distillation, and of the noise that the student starts from
+    sigma_max: float = 20.0  # of the sampler, and of the noise that the student starts from
 
     distill_steps: int = 800
     student_steps: int = 1  # of the student's sampler
@@ -55,10 +61,13 @@ class Config:
     discriminator_lr: float = 1e-3
     gan_weight: float = 0.02
     distill_sigma_min: float = 0.1  # less is invisible: grey levels are 0.125 apart
+    distill_sigma_max: float = 20.0
     ratio_bins: int = 10
     ratio_ema: float = 0.9
 
     evaluation_draws: int = 4  # of as many samples as images are held out
+    evaluation_samples: int = 10_000  # in a draw at most
+    mode_samples: int = 10**6  # at most, to count the modes by
     grid_columns: int = 10
     weight_samples: int = 4096
     gradient_batches: int = 32  # that the variance of a gradient is taken over
@@ -71,7 +80,7 @@ class Config:
 
     def key(self, *names: str, **more: Any) -> str:
         """A hash of the named settings, of ``more``, and of what else decides every bit of a trained network."""
-        always = {"format": 2, "torch": torch.__version__, "device": torch.device(self.device).type}
+        always = {"format": 3, "torch": torch.__version__, "device": torch.device(self.device).type}
         named = {name: getattr(self, name) for name in ("seed", "threads", "precision", *names)}
         return hashlib.sha256(json.dumps(always | named | more, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -93,22 +102,37 @@ _POINTS: dict[str, Any] = {
     "student_lr": 5e-4,
     "gan_weight": 0.003,
     "distill_sigma_min": 0.03,
+    "distill_sigma_max": 5.0,
 }
 # What was tuned on other data. Images of one's own get the settings of the patches.
 DATA: dict[str, dict[str, Any]] = {
     "digits": {},
     "ring": _POINTS,
     "grid": _POINTS | {"width": 128, "teacher_steps": 6000, "teacher_lr": 3e-3},
-    "patches": {"width": 128, "batch_size": 64, "teacher_steps": 1500, "distill_steps": 250},
+    "patches": {  # where on a CPU every sample takes its time
+        **{"width": 128, "batch_size": 32, "teacher_steps": 1500, "distill_steps": 250},
+        **{"evaluation_draws": 2, "evaluation_samples": 250, "mode_samples": 1000, "weight_samples": 1024},
+    },
 }
 
 
 def defaults(data: str, quick: bool = False) -> dict[str, Any]:
     """The settings for a data set, by name or path, that differ from Config's."""
-    return DATA.get(data, DATA["patches"]) | (QUICK if quick else {})
+    images = data not in DATA or data == "patches"
+    return DATA["patches" if images else data] | (QUICK if quick else {}) | (QUICK_IMAGES if quick and images else {})
 
 
-# A run of a few seconds, to see that everything works; its samples are poor.
+def shown(name: str) -> str:
+    """A setting's default for --help: Config's, and that of each data set where it is another one."""
+    default = getattr(Config, name)
+    names = {"patches": "patches and own images"}
+    others = [
+        f"{names.get(data, data)}: {own[name]}" for data, own in DATA.items() if own.get(name, default) != default
+    ]
+    return "; ".join([str(default), *others])
+
+
+# A run of few steps, to see that everything works; its samples are poor.
 QUICK: dict[str, Any] = {
     "classifier_steps": 100,
     "teacher_steps": 150,
@@ -117,4 +141,10 @@ QUICK: dict[str, Any] = {
     "weight_samples": 1024,
     "gradient_batches": 8,
     "log_every": 5,
+}
+# Of images that may be large.
+QUICK_IMAGES: dict[str, Any] = {
+    **{"width": 32, "batch_size": 8, "teacher_steps": 30, "distill_steps": 5},
+    **{"evaluation_draws": 1, "evaluation_samples": 32, "mode_samples": 200, "grid_columns": 4},
+    **{"weight_samples": 256, "gradient_batches": 4},
 }

@@ -23,6 +23,7 @@ from . import edm, ranks
 from .capture import CapturedUpdate
 from .config import Config
 from .data import Data
+from .evaluate import in_batches
 from .files import Record
 from .networks import Denoiser, DiscriminatorHead
 from .training import Optimizer, Training, autocast, batch, follow, initialised, random_numbers
@@ -70,6 +71,15 @@ def generate(student: nn.Module, noise: Tensor, labels: Tensor, levels: list[flo
     return student(x_t, x_t.new_full((len(x_t),), levels[-1]), labels)
 
 
+@torch.no_grad()
+def student_samples(student: nn.Module, config: Config, noise: Tensor, labels: Tensor) -> Tensor:
+    """A trained student's from unit noise [N, ...], which decides the noise of further steps too."""
+    levels = student_levels(config)
+    gen = random_numbers(config, hashlib.sha256(noise.cpu().numpy().tobytes()).hexdigest())
+    more = edm.normal((len(noise), len(levels) - 1, *noise.shape[1:]), gen)
+    return generate(student, torch.cat([noise[:, None], more], dim=1), labels, levels)
+
+
 def guided(teacher: Denoiser, config: Config) -> edm.Denoise:
     """The teacher with classifier-free guidance (arXiv 2207.12598): uncond + s (cond - uncond)."""
     if config.guidance == 1:
@@ -100,15 +110,14 @@ class Distillation(Training):
         self.student, self.fake = (copy.deepcopy(teacher).requires_grad_() for _ in range(2))
         # Fake score and discriminator are told the step, the former as a further class: they follow what each of them
         # makes, not the mixture.
-        self.fake.label = nn.Embedding.from_pretrained(
-            teacher.label.weight.repeat(config.student_steps, 1), freeze=False
-        )
+        self.fake.repeat_classes(config.student_steps)
         self.average = copy.deepcopy(self.teacher)
-        self.head = initialised(config, lambda: DiscriminatorHead(config.width, config.depth, config.student_steps))
+        sizes = (teacher.network.features, config.width, config.student_steps)
+        self.head = initialised(config, lambda: DiscriminatorHead(*sizes))
         # The time of the ratio histogram is log(sigma).
         histogram = fd.RatioHistogram(
             math.log(config.distill_sigma_min),
-            math.log(config.sigma_max),
+            math.log(config.distill_sigma_max),
             bins=config.ratio_bins,
             ema_rate=config.ratio_ema,
         )
@@ -135,7 +144,7 @@ class Distillation(Training):
     def noise_levels(self, count: int, gen: torch.Generator) -> Tensor:
         """Noise levels at which student and teacher are compared: uniform on EDM's schedule."""
         u = torch.rand(count, generator=gen, device=gen.device)
-        return edm.karras_sigma(u, self.config.distill_sigma_min, self.config.sigma_max)
+        return edm.karras_sigma(u, self.config.distill_sigma_min, self.config.distill_sigma_max)
 
     def draw(self) -> Draws:
         """The random inputs of the next update. All ranks draw those of the whole batch, and keep their part."""
@@ -230,13 +239,9 @@ class Distillation(Training):
         weights = {"weights": f"{low:.2f}/{mean:.2f}/{high:.2f}"}
         return super().postfix(values) | weights | {"ess": f"{values['effective_sample_size']:.0f}"}
 
-    @torch.no_grad()
     def sample(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """Samples of the result from unit noise [N, ...], which decides the noise of further steps too."""
-        gen = random_numbers(self.config, hashlib.sha256(noise.cpu().numpy().tobytes()).hexdigest())
-        more = edm.normal((len(noise), len(self.levels) - 1, *self.teacher.shape), gen)
-        start = torch.cat([noise[:, None], more], dim=1)
-        return generate(self.average, start, labels, self.levels)
+        """Samples of the result from unit noise [N, ...]."""
+        return student_samples(self.average, self.config, noise, labels)
 
     @torch.no_grad()
     def weights(self, count: int) -> tuple[Tensor, Tensor]:
@@ -244,8 +249,9 @@ class Distillation(Training):
         gen = random_numbers(self.config, "weights")
         _, labels = batch(self.data, count, gen)
         sigma = self.noise_levels(count, gen)
-        x = self.sample(edm.normal((count, *self.teacher.shape), gen), labels)
-        features = self.teacher.with_features(edm.add_noise(x, sigma, gen), sigma, labels)[1]
+        x = in_batches(self.sample, edm.normal((count, *self.teacher.shape), gen), labels)
+        x_t = edm.add_noise(x, sigma, gen)
+        features = in_batches(lambda *part: self.teacher.with_features(*part)[1], x_t, sigma, labels)
         logits = self.head(features, torch.full_like(labels, len(self.levels) - 1))
         self.loss.eval()
         weights = self.loss.weights(logits, sigma.log())

@@ -20,6 +20,7 @@ from .config import Config
 from .data import Data
 from .mixtures import Mixture, Quadrature
 from .networks import Classifier
+from .progress import bar
 from .training import random_numbers
 
 Row = dict[str, Any]
@@ -30,8 +31,29 @@ COMPONENTS = 32  # principal components
 CLUSTERS = 20  # at most, of at least 30 training images on average
 WITHIN = 3.0  # standard deviations from its centre to which a component of a mixture reaches: 98.9% of it
 LOST = 0.1  # of its true mass, below which a mode is lost
-LARGEST_DRAW = 2**26  # numbers sampled at a time: 256 MiB
+BATCH = 2**20  # numbers of samples at a time: the activations of a network are many times as many
+ROWS = 2**23  # distances at a time
+SPEED = 500  # samples in a batch whose time is taken
 LEAST_EXPECTED = 100  # samples of the lightest mode, if it has its true mass: 10 or fewer are no accident
+
+
+# A classifier is poor where it makes more than this share of the errors of guessing the most frequent class.
+POOR = 0.25
+
+
+def accuracy_bound(labels: Tensor) -> float:
+    """Held-out accuracy, for those classes, below which a classifier is a poor judge: 0.775 for ten of one size, 0.875
+    for two."""
+    chance = float(labels.bincount().max()) / len(labels)
+    return 1 - POOR * (1 - chance)
+
+
+def in_batches(function: Callable[..., Tensor], *tensors: Tensor, stage: str = "") -> Tensor:
+    """Of tensors [N, ...], a part of the rows at a time, so that the memory does not grow with N; with a progress bar
+    where it is a stage."""
+    most = max(1, BATCH // max(1, tensors[0][:1].numel()))
+    parts = list(zip(*(tensor.split(most) for tensor in tensors), strict=True))
+    return torch.cat([function(*part) for part in (bar(stage, parts) if stage else parts)])
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -51,15 +73,25 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tu
     """Fraction of the generated features inside the k-NN manifold of the real ones, and the other way round
     (Kynkaanniemi et al., arXiv 1904.06991, eqs. 1-3)."""
     real, generated = real.double(), generated.double()
-    between = torch.cdist(real, generated)
-    inside_real = between <= _radii(real, k)[:, None]
-    inside_generated = between <= _radii(generated, k)[None, :]
-    return float(inside_real.any(0).double().mean()), float(inside_generated.any(1).double().mean())
+    radii_real, radii_generated = _radii(real, k), _radii(generated, k)
+    precise, recalled = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for part, radii in zip(_rows(generated, len(real)), _rows(radii_generated, len(real)), strict=True):
+        between = torch.cdist(real, part)
+        precise.append((between <= radii_real[:, None]).any(0))
+        recalled |= (between <= radii[None]).any(1)
+    return float(torch.cat(precise).double().mean()), float(recalled.double().mean())
+
+
+def _rows(points: Tensor, columns: int) -> tuple[Tensor, ...]:
+    """Parts of so many rows that a matrix of theirs with so many columns has bounded memory."""
+    return points.split(max(1, ROWS // columns))
 
 
 def _radii(points: Tensor, k: int) -> Tensor:
     """Distance of each point to its k-th nearest neighbour, itself not counted; to the last where there are fewer."""
-    return torch.cdist(points, points).kthvalue(min(k + 1, len(points)), dim=1).values
+    nearest = min(k + 1, len(points))
+    parts = _rows(points, len(points))
+    return torch.cat([torch.cdist(part, points).kthvalue(nearest, dim=1).values for part in parts])
 
 
 # --------------------------------------------------------------------------------------------------------------- modes
@@ -130,10 +162,22 @@ def principal_components(images: Tensor, seed: int) -> Features:
 
 def classifier_features(classifier: Classifier, images: Tensor) -> Features:
     """Its features, scaled to unit variance on training images."""
-    features = classifier.features(images)
+    features = in_batches(classifier.features, images)
     mean, std = features.mean(0), features.std(0)
     std = std.where(std > 0, 1.0)
     return lambda samples: (classifier.features(samples) - mean) / std
+
+
+def poor_judge(rows: list[Row], compared: str) -> str:
+    """The warning where the classifier is a poor judge, from rows of the table; else empty."""
+    poor = [row for row in rows if row.get("weak")]
+    if not poor:
+        return ""
+    worst = min(poor, key=lambda row: row["judge_accuracy"])
+    return (
+        f"the classifier that judges is poor: right on {worst['judge_accuracy']:.1%} of the {compared}, less than "
+        f"{worst['judge_bound']:.1%}; what depends on it is weak evidence (more --classifier-steps may help)"
+    )
 
 
 class Judge:
@@ -149,10 +193,21 @@ class Judge:
             self.features = classifier_features(classifier, data.train)
         else:
             self.features = principal_components(data.train, seed)
-        self.reference = self.features(data.train)
+        self.reference = in_batches(self.features, data.train)
         mixture = data.mixture
         self.modes = image_modes(self.reference, seed) if mixture is None else mixture_modes(mixture)
         self.quadrature = None if mixture is None else Quadrature(mixture, mixture.std)
+        self.verdict: Row = {}
+        if classifier is not None:
+            right = in_batches(classifier, data.held_out).argmax(1) == data.held_out_labels
+            accuracy, bound = float(right.double().mean()), accuracy_bound(data.held_out_labels)
+            self.verdict = {"judge_accuracy": accuracy, "judge_bound": bound, "weak": accuracy < bound}
+            self.verdict["judge_on_training_data"] = not data.holds_out
+
+    @property
+    def warning(self) -> str:
+        """What is wrong with the classifier as a judge; empty where nothing is."""
+        return poor_judge([self.verdict], self.data.compared)
 
     @torch.no_grad()
     def row(self, name: str, draws: list[Tensor], labels: Tensor) -> Row:
@@ -160,7 +215,7 @@ class Judge:
 
         Every row has the same N, since the distances depend on it; numbers are means over the draws.
         """
-        features = [self.features(samples) for samples in draws]
+        features = [in_batches(self.features, samples) for samples in draws]
         manifold = self.reference[:REFERENCE]
         distances = torch.tensor([frechet_distance(self.reference, one) for one in features], dtype=torch.float64)
         manifolds = torch.tensor([precision_recall(manifold, one) for one in features], dtype=torch.float64)
@@ -175,28 +230,31 @@ class Judge:
         return row if self.classifier is None else row | self._classes(self.classifier, torch.cat(draws), labels)
 
     def _classes(self, classifier: Classifier, samples: Tensor, labels: Tensor) -> Row:
-        predicted = classifier(samples).argmax(1)
+        predicted = in_batches(classifier, samples).argmax(1)
         asked = labels.repeat(len(samples) // len(labels))
         counts = predicted.bincount(minlength=self.data.classes)
         wanted = asked.bincount(minlength=self.data.classes)
         return {
             "agreement": float((predicted == asked).double().mean()),
             "classes": int((counts > 0).sum()),
-            "rarest_class": float((counts.double() / wanted).min()),
+            "rarest_class": float((counts.double() / wanted)[wanted > 0].min()),
             "class_counts": counts.tolist(),
         }
 
     @torch.no_grad()
-    def coverage(self, sampler: Sampler, gen: torch.Generator, divergences: tuple[str, ...] = ()) -> Row:
-        """The modes that the sampler has and lost, for the training data's classes; on a mixture also the share of
-        its samples that is near a mode, and its divergences from the mixture: Jensen-Shannon, and those named."""
-        count = self.modes.samples_needed
+    def coverage(
+        self, sampler: Sampler, gen: torch.Generator, divergences: tuple[str, ...] = (), most: int | None = None
+    ) -> Row:
+        """The modes that the sampler has and lost, for the training data's classes, by at most so many samples; on a
+        mixture also where its samples are, and its divergences from the mixture: Jensen-Shannon, and those named."""
+        count = min(self.modes.samples_needed, most or self.modes.samples_needed)
         labels = self.data.train_labels.repeat(-(-count // len(self.data.train_labels)))[:count]
-        most = LARGEST_DRAW // math.prod(self.data.shape)  # one outlier is a mode of few images, and needs many samples
-        parts = (sampler(edm.normal((len(part), *self.data.shape), gen), part) for part in labels.split(most))
-        features = torch.cat([self.features(samples) for samples in parts])
+        parts = labels.split(max(1, BATCH // math.prod(self.data.shape)))
+        samples = (sampler(edm.normal((len(part), *self.data.shape), gen), part) for part in parts)
+        features = torch.cat([self.features(one) for one in samples])
         row = self.modes.coverage(features)
-        if self.quadrature is not None:  # the features are the points themselves
+        if self.data.mixture is not None and self.quadrature is not None:  # the features are the points themselves
+            row |= self.data.mixture.strays(features)
             density = self.quadrature.density(features)
             row["jensen_shannon"] = self.quadrature.divergence(density, "jensen_shannon")
             row["divergences"] = {name: self.quadrature.divergence(density, name) for name in divergences}
@@ -213,11 +271,14 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, noise: Tensor, labels: Tensor) -> Tensor:
-        return self.sample(noise, labels)
+        return in_batches(self.sample, noise, labels)
 
     def per_second(self, noise: Tensor, labels: Tensor, seconds: float = 0.3) -> float:
-        """Samples per second, after one call to warm up."""
-        self(noise, labels)
+        """Samples per second, after one call to warm up, unless that takes as long by itself."""
+        start = time.perf_counter()
+        self(noise, labels).sum().item()
+        if (elapsed := time.perf_counter() - start) > seconds:
+            return len(noise) / elapsed
         count, start = 0, time.perf_counter()
         while (elapsed := time.perf_counter() - start) < seconds:
             self(noise, labels).sum().item()  # waits for the device
@@ -237,16 +298,20 @@ def evaluate(
     """The table: the held-out data, then every sampler, from the same noise and for the same classes; with ``modes``
     their coverage, and with ``speeds`` how fast each is."""
     gen = random_numbers(config, "evaluation")
-    labels = data.held_out_labels
-    noise = [edm.normal(data.held_out.shape, gen) for _ in range(config.evaluation_draws)]
+    real, labels = data.held_out, data.held_out_labels
+    if len(labels) > config.evaluation_samples:
+        some = torch.randperm(len(labels), generator=gen, device=gen.device)[: config.evaluation_samples]
+        real, labels = real[some], labels[some]
+    noise = [edm.normal(real.shape, gen) for _ in range(config.evaluation_draws)]
     state = gen.get_state()
-    rows = [judge.row(f"held-out {data.kind}", [data.held_out], labels)]
-    rows[0] |= {"evaluations": None, "samples_per_second": None}
-    for sampler in samplers:
+    rows = [judge.row(data.compared, [real], labels) | {"evaluations": None, "samples_per_second": None}]
+    if data.mixture is not None:
+        rows[0] |= data.mixture.strays(real) | {"exact": data.mixture.exact_strays}
+    for sampler in bar("evaluation", samplers):
         gen.set_state(state)
         row = judge.row(sampler.name, [sampler(one, labels) for one in noise], labels)
         if modes:
-            row |= judge.coverage(sampler, gen, divergences)
-        speed = sampler.per_second(noise[0], labels) if speeds else None
+            row |= judge.coverage(sampler, gen, divergences, config.mode_samples)
+        speed = sampler.per_second(noise[0][:SPEED], labels[:SPEED]) if speeds else None
         rows.append(row | {"evaluations": sampler.evaluations, "samples_per_second": speed})
-    return rows
+    return [row | judge.verdict for row in rows]

@@ -11,12 +11,15 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor
 
+from fdistill_ops._colours import LINES, OKABE_ITO
+
 from . import edm
 from .config import Config
 from .data import Data
 from .evaluate import Sampler
 from .files import Record, whole_file
 from .mixtures import Mixture
+from .progress import bar
 from .training import random_numbers
 
 LEAST_ROWS, MOST_CLASSES = 8, 20  # of a grid of images
@@ -51,22 +54,22 @@ def sample_sets(config: Config, data: Data, samplers: list[Sampler]) -> dict[str
     """Samples to be looked at, by name: the held-out data, then every sampler from the same noise. Points [N, 2], or
     rows and columns of images [rows, columns, ...], each class in rows of its own."""
     gen = random_numbers(config, "grids")
-    real = f"held-out {data.kind}"
+    real = data.compared
     if data.mixture is not None:
         noise = edm.normal((POINTS, *data.shape), gen)
         labels = data.held_out_labels.new_zeros(POINTS)
-        return {real: data.held_out[:POINTS]} | {sampler.name: sampler(noise, labels) for sampler in samplers}
+        return {real: data.held_out[:POINTS]} | {one.name: one(noise, labels) for one in bar("sampling", samplers)}
     columns = config.grid_columns
     classes = min(data.classes, MOST_CLASSES)
     each = columns * max(1, LEAST_ROWS // classes)
     labels = torch.arange(classes, device=config.device).repeat_interleave(each)
     noise = edm.normal((len(labels), *data.shape), gen)
-    grids = {real: torch.cat([_filled(data.held_out[data.held_out_labels == k][:each], each) for k in range(classes)])}
-    grids |= {sampler.name: sampler(noise, labels) for sampler in samplers}
+    grids = {real: torch.cat([filled(data.held_out[data.held_out_labels == k][:each], each) for k in range(classes)])}
+    grids |= {one.name: one(noise, labels) for one in bar("sampling", samplers)}
     return {name: images.unflatten(0, (-1, columns)) for name, images in grids.items()}
 
 
-def _filled(images: Tensor, count: int) -> Tensor:
+def filled(images: Tensor, count: int) -> Tensor:
     """As many images as asked for, the last ones black where there are too few."""
     return torch.cat([images, images.new_full((count - len(images), *images.shape[1:]), -1.0)])
 
@@ -121,8 +124,8 @@ def _figure(width: float, height: float, layout: Literal["constrained"] | None =
 
 def _save(figure: Any, path: Path | IO[bytes]) -> None:
     if isinstance(path, Path):
-        with whole_file(path) as partial:
-            figure.savefig(partial, format="png")
+        with whole_file(path) as file:
+            figure.savefig(file, format="png")
     else:
         figure.savefig(path, format="png")
 
@@ -161,7 +164,7 @@ def _draw_points(axes: Any, points: Tensor, mixture: Mixture) -> None:
     top, decades = float(density.max()), math.log(1000)
     extent = (-reach, reach, -reach, reach)
     axes.imshow(density.numpy(), cmap="Greys", vmin=top - decades, vmax=top + decades, origin="lower", extent=extent)
-    axes.scatter(*points.cpu().numpy().T, s=1.5, alpha=0.5, linewidths=0, color="C3")
+    axes.scatter(*points.cpu().numpy().T, s=1.5, alpha=0.5, linewidths=0, color=OKABE_ITO["vermilion"])
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     axes.set_axis_off()
 
@@ -173,7 +176,7 @@ def _draw_weights(panels: Any, curves: list[WeightCurve]) -> None:
     """Left: minimum, mean and maximum of a batch over the steps. Right: the distribution over the noise level."""
     training, noise = panels
     for index, curve in enumerate(curves):
-        color = f"C{index}"
+        color = LINES[index % len(LINES)]
         steps = [record["step"] for record in curve.records]
         low, mean, high = ([record[f"weight_{name}"] for record in curve.records] for name in ("min", "mean", "max"))
         training.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)

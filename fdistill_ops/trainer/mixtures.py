@@ -10,6 +10,8 @@ from torch import Tensor
 
 import fdistill_ops as fd
 
+FAR = 4.0  # standard deviations from every centre, beyond which a point is far
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -36,6 +38,26 @@ class Mixture:
         component = torch.multinomial(self.weights, count, replacement=True, generator=gen)
         noise = torch.randn(count, 2, generator=gen, dtype=torch.float64)
         return (self.means[component] + self.std * noise).float()
+
+    def strays(self, points: Tensor, weights: Tensor | None = None) -> dict[str, float]:
+        """Shares of points [N, 2], by their weights [N]: "far", beyond FAR standard deviations of every centre, and
+        "between", within one of a midpoint between neighbours, which are as close as any two centres (up to 10%)."""
+        apart = torch.cdist(self.means, self.means).fill_diagonal_(math.inf)
+        one, other = (apart < 1.1 * apart.min()).triu().nonzero().T
+        middle = (self.means[one] + self.means[other]) / 2
+        distances = {"far": self.means, "between": middle}
+        least = {name: torch.cdist(points.double(), centres).amin(1) / self.std for name, centres in distances.items()}
+        found = torch.stack([least["far"] > FAR, least["between"] < 1]).double()
+        shares = found.mean(1) if weights is None else found @ (weights / weights.sum())
+        return dict(zip(least, shares.tolist(), strict=True))
+
+    @property
+    def exact_strays(self) -> dict[str, float]:
+        """Those of the mixture itself, by a sum over a lattice of an eighth of a standard deviation."""
+        reach = float(self.means.abs().max()) + 8 * self.std
+        ticks = torch.arange(-reach, reach, self.std / 8, dtype=torch.float64, device=self.means.device)
+        points = torch.cartesian_prod(ticks, ticks)
+        return self.strays(points, self.log_density(points).exp())
 
     def to(self, device: torch.device) -> Mixture:
         return Mixture(self.means.to(device), self.weights.to(device), self.std)

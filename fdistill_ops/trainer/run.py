@@ -12,14 +12,14 @@ from torch import Tensor
 import fdistill_ops as fd
 
 from .. import backends
-from . import edm, figures, ranks, report
+from . import edm, figures, models, ranks, report
 from .checkpoints import Checkpoints
 from .config import Config
 from .data import Data, load
 from .distill import Distillation, generate, guided
 from .evaluate import Judge, Sampler, evaluate
 from .files import Log, say
-from .networks import Classifier, Denoiser
+from .networks import Classifier, Denoiser, is_large, unet_class
 from .teacher import ClassifierTraining, TeacherTraining
 from .training import TrainingError, initialised, train
 
@@ -29,7 +29,8 @@ SETTINGS = {
     "teacher": ("teacher_steps", "teacher_lr", "batch_size", "noise_mean", "noise_std", "width", "depth"),
     "student": (
         *("distill_steps", "student_steps", "guidance", "fake_updates", "student_lr", "fake_lr", "discriminator_lr"),
-        *("gan_weight", "distill_sigma_min", "sigma_min", "sigma_max", "ratio_bins", "ratio_ema"),
+        *("gan_weight", "distill_sigma_min", "distill_sigma_max", "sigma_min", "sigma_max"),
+        *("ratio_bins", "ratio_ema"),
         *("compile", "cuda_graph"),
     ),
 }
@@ -41,8 +42,11 @@ class Stages:
     def __init__(self, config: Config, data: Data, log: Log) -> None:
         if config.guidance != 1 and data.classes == 1:
             raise TrainingError(f"--guidance {config.guidance} needs classes, and {data.name} has none")
+        if is_large(data.shape):
+            unet_class()  # what is missing is said before any training
         self.config, self.data, self.log = config, data, log
         self.fingerprint = data.fingerprint
+        self.models: dict[str, Checkpoints] = {}  # those of the teacher, and of students by divergence
 
     def classifier(self) -> Classifier | None:
         """None for data without classes."""
@@ -58,7 +62,8 @@ class Stages:
         size = (config.width, config.depth, data.sigma_data)
         model = initialised(config, lambda: Denoiser(data.shape, data.classes, *size))
         training = TeacherTraining(model, config, data)
-        train(training, self.checkpoints("teacher", (*SETTINGS["teacher"], "label_dropout")), self.log)
+        self.models["teacher"] = self.checkpoints("teacher", (*SETTINGS["teacher"], "label_dropout"))
+        train(training, self.models["teacher"], self.log)
         return training.average
 
     def student(self, teacher: Denoiser, divergence: str) -> Distillation:
@@ -66,7 +71,8 @@ class Stages:
         names = (*SETTINGS["teacher"], "label_dropout", *SETTINGS["student"])
         # By its formula: a name can be registered for another one.
         more = losses_by(self.config) | {"divergence": repr(fd.get_divergence(divergence))}
-        train(training, self.checkpoints(f"student-{divergence}", names, **more), self.log)
+        self.models[divergence] = self.checkpoints(f"student-{divergence}", names, **more)
+        train(training, self.models[divergence], self.log)
         return training
 
     def checkpoints(self, stage: str, names: tuple[str, ...], **more: str) -> Checkpoints:
@@ -101,10 +107,13 @@ def run(config: Config) -> None:
         return
     with timed(seconds, "evaluation"):
         judge = Judge(data, classifier, config.seed)
+        if judge.warning:
+            say(f"warning: {judge.warning}")
         rows = evaluate(samplers, judge, config, data, modes=data.classes == 1)  # else the classes say it
     with timed(seconds, "figures"):
         figures.draw(config, data, samplers, curves)
     report.write(config, data, rows, curves, seconds)
+    models.write(config, data, stages.models)
     print(report.table(rows))
     say(f"report: {config.out / 'report.md'} ({sum(seconds.values()):.0f} s)")
 

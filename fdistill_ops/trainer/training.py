@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import multiprocessing
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from .config import Config
 from .data import Data
 from .files import Log, Record, say
 from .interruption import Interrupted, deferred
+from .progress import bar
 
 Module = TypeVar("Module", bound=nn.Module)
 Betas = tuple[float, float]
@@ -157,7 +157,7 @@ def train(training: Training, checkpoints: Checkpoints, log: Log) -> None:
         say(f"{stage}: " + (f"from {checkpoints.path(first)}" if first == steps else f"goes on after step {first}"))
     if first == steps:
         return
-    with deferred() as signals, _progress_bar(stage, first, steps) as bar:
+    with deferred() as signals, bar(stage, total=steps, first=first) as progress:
         for done in range(first + 1, steps + 1):
             read = training.update(done - 1)
             signal = ranks.largest(signals[0] if signals else 0)
@@ -170,12 +170,12 @@ def train(training: Training, checkpoints: Checkpoints, log: Log) -> None:
             if due:
                 training.records.append(record)
                 log.write(stage, record)
-                bar.set_postfix(training.postfix(record), refresh=False)
+                progress.set_postfix(training.postfix(record), refresh=False)
             if save and ranks.is_main():
                 checkpoints.save(done, training.state())
             if signal:
                 raise Interrupted(signal)
-            bar.update()
+            progress.update()
 
 
 def _resume(training: Training, checkpoints: Checkpoints) -> int:
@@ -192,19 +192,13 @@ def _newest(training: Training, checkpoints: Checkpoints) -> tuple[int, State] |
     before = copy.deepcopy(training.state())
     for step, state in checkpoints.newest_first():
         try:
+            if step > training.steps:
+                raise ValueError(f"its step is beyond the last, {training.steps}")
             training.load(state)
         except Exception as error:  # whatever modules and optimizers say of a state that is not theirs
             checkpoints.refuse(checkpoints.path(step), error)
             training.load(before)
         else:
-            checkpoints.whole.insert(0, step)
+            checkpoints.stands_at(step)
             return step, state
     return None
-
-
-def _progress_bar(stage: str, first: int, steps: int) -> Any:
-    from tqdm import tqdm
-
-    # Bars of several processes would overwrite each other.
-    hidden = not ranks.is_main() or multiprocessing.parent_process() is not None
-    return tqdm(total=steps, initial=first, desc=stage, mininterval=0.5, dynamic_ncols=True, disable=hidden)
