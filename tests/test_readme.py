@@ -164,6 +164,14 @@ def test_plot_is_what_the_script_draws(tmp_path: Path) -> None:
     assert np.abs(new[:height, :width, :3] - committed[:height, :width, :3]).mean() < 0.02
 
 
+def test_api_page_is_what_the_docstrings_say(tmp_path: Path) -> None:
+    target = tmp_path / "api.md"
+    run_python([ROOT / "docs" / "write_api.py", target], tmp_path)
+    assert target.read_text(encoding="utf-8") == (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), (
+        "python docs/write_api.py"
+    )
+
+
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for page in PAGES:
