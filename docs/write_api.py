@@ -1,4 +1,4 @@
-"""Writes docs/api.md: the public names with their signatures, from the docstrings. Takes the path to write to, if another."""
+"""Writes docs/api.md: the public names with signatures, from the docstrings. Takes the path to write to, if another."""
 
 from __future__ import annotations
 
