@@ -228,7 +228,8 @@ def test_links_and_images_exist(page: Path) -> None:
 
 
 def test_layout_names_what_exists() -> None:
-    section = README.split("## Layout")[1].split("## ")[0]
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = page.split("## Where is what")[1].split("## ")[0]
     folders: list[str] = []
     for indent, first in re.findall(r"^    ( *)([\w./]+)", section, re.MULTILINE):
         folders = folders[: len(indent) // 2]
