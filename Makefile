@@ -8,6 +8,7 @@ TORCH = torch==2.13.0
 
 DEMO = runs/demo
 DEMO_ARGS =
+SELFCHECK_ARGS =
 PYTEST_ARGS =
 # Processes that share the tests: as many as there are cores, up to eight.
 JOBS = auto
@@ -28,10 +29,11 @@ python = $(VENV)/bin/python
 pytest = $(python) -m pytest -q --durations=10 -n $(JOBS) --maxprocesses 8
 kernels = $(wildcard csrc/*.* csrc/*/*.* csrc/include/*/*.h)
 
-.PHONY: help install demo test test-all sanitize fuzz pins gpu-check lint clean distclean
+.PHONY: help install demo selfcheck test test-all sanitize fuzz pins gpu-check lint clean distclean
 
 help:
 	@echo "make demo       trains the digits teacher and two one-step students; pictures and table go to $(DEMO)"
+	@echo "make selfcheck  runs every back end of this machine against the formulas in float64 (SELFCHECK_ARGS=)"
 	@echo "make test       runs what a change usually breaks, on every back end: three minutes on two cores, once it is built"
 	@echo "make test-all   runs every test"
 	@echo "make sanitize   runs the numeric tests and a thousand random calls of each back end, compiled with each of the"
@@ -54,6 +56,9 @@ demo: $(VENV)/.installed
 	@echo
 	@echo "Pictures: $(DEMO)/*.png, all in one: $(DEMO)/overview.png"
 	@echo "Table:    $(DEMO)/report.md"
+
+selfcheck: $(VENV)/.installed
+	$(python) -m fdistill_ops.selfcheck $(SELFCHECK_ARGS)
 
 test: $(VENV)/.installed-for-tests
 	$(pytest) --quick $(PYTEST_ARGS)

@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in under nine minutes and without a network: ``make gpu-check OUT=DIR``.
 
-Builds the compiled modules in place, runs the tests marked ``gpu``, compute-sanitizer over a small set of calls, ncu
-for the DRAM bytes of one large launch where its counters can be read, and the benchmark. Logs, JSON and plots go to
-DIR; the last output is a table, and the exit status is not zero if anything failed. A check that cannot run here says
-why and counts as skipped.
+Builds the compiled modules in place, runs the package's self-check, the tests marked ``gpu``, compute-sanitizer over a
+small set of calls, ncu for the DRAM bytes of one large launch where its counters can be read, and the benchmark. Logs,
+JSON and plots go to DIR; the last output is a table, and the exit status is not zero if anything failed. A check that
+cannot run here says why and counts as skipped.
 """
 
 from __future__ import annotations
@@ -141,6 +141,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def check_self(checks: Checks) -> str:
+    """Every back end against the formulas in float64; how to see what is off is in the log."""
+    text = checks.command("selfcheck.log", [sys.executable, "-m", "fdistill_ops.selfcheck"], 120)
+    return text.splitlines()[-1]
+
+
 def check_tests(checks: Checks, back_end: str) -> str:
     """The tests marked gpu of one back end; what belongs to none goes with cuda. Every file in a process of its own, as
     many at once as half of the processors take."""
@@ -224,6 +230,7 @@ def main() -> int:
     checks = Checks(out, BUDGET_S)
 
     checks.run("build", lambda: build(checks))
+    checks.run("self-check", lambda: check_self(checks))
     for back_end in ("cuda", "triton"):
         checks.run(f"{back_end} is there", functools.partial(present, checks, back_end))
     together: dict[str, Callable[[], str]] = {

@@ -47,6 +47,7 @@ __all__ = [
     "register_divergence",
     "score_difference",
     "score_identity_loss",
+    "selfcheck",
     "set_backend",
     "testing",
     "to_x0",
@@ -56,7 +57,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("integrations", "testing"):  # nobody pays for importing them who does not use them
+    if name in ("integrations", "selfcheck", "testing"):  # nobody pays for importing them who does not use them
         import importlib
 
         return importlib.import_module(f"fdistill_ops.{name}")

@@ -124,6 +124,21 @@ def real(value: Any, name: str) -> Tensor:
     return value
 
 
+def device_named(device: Any) -> torch.device:
+    """A device that is there."""
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"device must be a device or its name, got {shown(device)}")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a device or its name, got {shown(device)}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {shown(device)} is not there: PyTorch sees {torch.cuda.device_count()} CUDA device(s)"
+        )
+    return found
+
+
 def same_device(value: Tensor, name: str, x: Tensor, x_name: str) -> None:
     """Both on one device, and both fake or neither."""
     if value.device != x.device:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._validation import FLOATS, flag, positive_integer, shown
+from ._validation import FLOATS, device_named, flag, positive_integer, shown
 from .divergences import Divergence
 from .histogram import RatioHistogram
 from .losses import f_distill_loss
@@ -52,7 +52,9 @@ def warmup(
         TypeError, ValueError: naming the argument that is wrong.
         RuntimeError: no back end serves the device.
     """
-    target = _device(device)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = device_named(device)
     sizes, kinds = _shapes(shapes), _dtypes(dtypes)
     heads = positive_integer(heads, "heads")
     flag(guidance, "guidance"), flag(mask, "mask"), flag(return_stats, "return_stats")
@@ -94,22 +96,6 @@ def warmup(
             )
             loss = result[0] if isinstance(result, tuple) else result
             loss.sum().backward()
-
-
-def _device(device: Any) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not isinstance(device, str | torch.device):
-        raise TypeError(f"device must be a device or its name, got {shown(device)}")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be a device or its name, got {shown(device)}") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {shown(device)} is not there: PyTorch sees {torch.cuda.device_count()} CUDA device(s)"
-        )
-    return found
 
 
 def _shapes(shapes: Any) -> list[tuple[int, ...]]:

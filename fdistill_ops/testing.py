@@ -145,6 +145,23 @@ def assert_close(
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if not actual.numel():
         return
+    error, allowed, share = errors_and_tolerances(actual, expected, ulps=ulps, terms=terms, noise=noise)
+    bad = (share > 1).reshape(-1)
+    if not bool(bad.any()):
+        return
+    worst = int(torch.where(bad, share.reshape(-1), -1.0).argmax())
+    raise AssertionError(
+        f"{what}: {int(bad.sum())} of {bad.numel()} elements are off; at {_where(worst, actual.shape)} got "
+        f"{float(actual.reshape(-1)[worst])!r}, expected {float(expected.reshape(-1)[worst])!r} ({actual.dtype}), "
+        f"error {float(error.reshape(-1)[worst]):.4g}, allowed {float(allowed.reshape(-1)[worst]):.4g}"
+    )
+
+
+def errors_and_tolerances(
+    actual: Tensor, expected: Tensor, *, ulps: float, terms: int, noise: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each element the error, what :func:`assert_close` allows, and the one in units of the other (float64; infinite
+    where one is finite and the other is not)."""
     dtype = actual.dtype
     got, want = actual.detach().double().cpu(), expected.detach().double().cpu()
     extra = noise.detach().double().cpu() if isinstance(noise, Tensor) else torch.tensor(float(noise)).double()
@@ -153,21 +170,12 @@ def assert_close(
         ulps * ulp(want, dtype)
         + ((math.sqrt(terms) - 1) * u) * want.abs().nan_to_num(posinf=0.0)
         + extra.nan_to_num(nan=math.inf)
-    )
+    ).expand_as(got)
     largest = torch.finfo(dtype).max
     overflow = got.isinf() & (want.abs() + allowed >= largest) & (got.sign() == want.sign())
-    good = (got == want) | (got.isnan() & want.isnan()) | ((got - want).abs() <= allowed) | overflow
-    good |= allowed.isinf() & want.isfinite()
-    if bool(good.all()):
-        return
-    bad = ~good.reshape(-1)
-    error = (got - want).abs().reshape(-1)
-    worst = int(torch.where(bad, (error / allowed.expand_as(got).reshape(-1)).nan_to_num(nan=math.inf), -1.0).argmax())
-    raise AssertionError(
-        f"{what}: {int(bad.sum())} of {bad.numel()} elements are off; at {_where(worst, got.shape)} got "
-        f"{float(got.reshape(-1)[worst])!r}, expected {float(want.reshape(-1)[worst])!r} ({dtype}), "
-        f"error {float(error[worst]):.4g}, allowed {float(allowed.expand_as(got).reshape(-1)[worst]):.4g}"
-    )
+    same = (got == want) | (got.isnan() & want.isnan()) | overflow | (allowed.isinf() & want.isfinite())
+    error = torch.where(same, 0.0, (got - want).abs())
+    return error, allowed, torch.where(same, 0.0, (error / allowed).nan_to_num(nan=math.inf, posinf=math.inf))
 
 
 def _where(flat: int, shape: torch.Size) -> tuple[int, ...]:

@@ -449,7 +449,12 @@ def chunk_kernel(
     HALF: tl.constexpr = scale is not None
     MEASURE: tl.constexpr = HALF or NORM == "mean_abs"
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
-    turn = ticket // (group * chunks)
+    place = ticket // chunks  # among the samples of all turns
+    if MEASURE:
+        # The last group may be smaller. What comes after it is measured moves on by what it lacks.
+        lacking = groups * group - B
+        place += tl.where(place >= (2 * groups - 2) * group - lacking, lacking, 0)
+    turn = place // group
     if MEASURE:
         last = turn == 2 * groups - 1
         measures = (turn == 0) | ((turn % 2 == 1) & (last == 0))
@@ -457,7 +462,7 @@ def chunk_kernel(
     else:
         measures = turn < 0
         of = turn
-    b = of * group + ticket % (group * chunks) // chunks
+    b = of * group + place % group
     index = ticket % chunks
     chunk = (b, index * steps * BLOCK, steps, N, n2, n3)
     numbers = (eps, guidance_scale, identity_alpha)

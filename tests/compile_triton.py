@@ -133,6 +133,10 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, batch: int = 4) -> dict[st
         "many bins": lambda: backend.f_weights(logits, t, torch.ones(1000), WeightParams()),
         "many bins, float64": lambda: backend.f_weights(logits.double(), t, torch.ones(1000), WeightParams()),
         "backward": lambda: backend.scale_gradient(x, torch.ones(batch), torch.ones(()), False),
+        "backward by sample": lambda: [
+            backend.scale_gradient(x, torch.ones(batch), upstream, False)
+            for upstream in (torch.ones(()).expand(batch), torch.ones(batch), torch.ones(2 * batch + 1)[1::2])
+        ],
     }
 
 

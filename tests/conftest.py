@@ -9,7 +9,6 @@ from typing import Any
 
 import hypothesis
 import numpy as np
-import oracle
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ if not GPU:
 
 import fdistill_ops as fd  # noqa: E402
 from fdistill_ops import _native, divergences  # noqa: E402
+from fdistill_ops import _oracle as oracle  # noqa: E402
 from fdistill_ops.testing import assert_close, poison  # noqa: E402
 
 # Back end, and the device whose tensors it is tested on. Every test with the ``backend`` fixture runs once for each.

@@ -7,7 +7,6 @@ import warnings
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from conftest import Backend, as_tensor, check_gradient, expected_matching, to_numpy
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fdistill_ops as fd
+from fdistill_ops import _oracle as oracle
 from fdistill_ops.testing import assert_close, assert_gradient_close, unit_roundoff
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

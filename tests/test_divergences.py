@@ -9,13 +9,13 @@ from typing import Any
 
 import mpmath
 import numpy as np
-import oracle
 import pytest
 import torch
 from conftest import Backend
 from scipy.integrate import quad
 
 import fdistill_ops as fd
+from fdistill_ops import _oracle as oracle
 
 mp = mpmath.mp.clone()
 mp.dps = 60

@@ -59,7 +59,7 @@ def summary(folder: Path) -> dict[str, dict[str, str]]:
 def test_everything_passes(check: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check.main() == 0
     found = summary(tmp_path)
-    names = ["build", "cuda is there", "triton is there", "tests of cuda", "tests of triton"]
+    names = ["build", "self-check", "cuda is there", "triton is there", "tests of cuda", "tests of triton"]
     names += ["memcheck", "racecheck", "initcheck", "synccheck", "DRAM", "benchmark"]
     assert list(found) == names
     assert {name: entry["status"] for name, entry in found.items() if entry["status"] != "ok"} in (
@@ -80,6 +80,7 @@ def test_everything_passes(check: ModuleType, tmp_path: Path, capsys: pytest.Cap
     ("tool", "text", "status", "name", "outcome", "note"),
     [
         ("compute-sanitizer", "ERROR SUMMARY: 3 errors", 9, "racecheck", "FAILED", "racecheck.log: ERROR SUMMARY"),
+        ("python", "3 of 9 calls are off; 1.0 s", 1, "self-check", "FAILED", "selfcheck.log: 3 of 9 calls are off"),
         ("python", "1 failed, 2 passed in 0.1s", 1, "tests of cuda", "FAILED", "test_gpu.py: exit status 1"),
         ("ncu", "==ERROR== ERR_NVGPUCTRPERM", 1, "DRAM", "skipped", "counters"),
         ("ncu", NCU.replace("201.5", "301.5"), 0, "DRAM", "FAILED", "more than 4"),

@@ -9,13 +9,13 @@ import time
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from conftest import Backend, as_tensor, check_identity, check_matching, expected_matching, to_numpy, unit
 from torch import Tensor
 
 import fdistill_ops as fd
+from fdistill_ops import _oracle as oracle
 from fdistill_ops.stats import FIELDS
 from fdistill_ops.testing import assert_close, assert_gradient_close
 

@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from conftest import Backend, as_tensor, check_gradient, check_loss, check_matching, expected_matching, to_numpy, unit
@@ -15,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import fdistill_ops as fd
+from fdistill_ops import _oracle as oracle
 from fdistill_ops import testing
 
 DIVERGENCES = ("rkl", "kl", "js", "sf", "sh", "jf", "neyman", "pearson")

@@ -51,7 +51,7 @@ def in_parts(
         patch.setattr(triton, "_sample_program", lambda *_: None)
         patch.setattr(triton, "_chunk_program", lambda *_: triton.Program(block, 128))
         patch.setattr(triton, "_PARTS", parts)
-        patch.setattr(triton, "device_of", lambda _: facts._replace(cache_bytes=cache))
+        patch.setattr(triton, "device_of", lambda _: facts._replace(cache_bytes=cache, processors=1))
         yield
 
 
@@ -179,6 +179,63 @@ def test_same_bits_again(groups: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(alone[0], first[2])
 
 
+def sizes_of_parts(
+    B: int, N: int, itemsize: int, monkeypatch: pytest.MonkeyPatch, turns: int = 2, **facts: int
+) -> tuple[int, int, int, int]:
+    """Programs, chunks, samples of a group and groups of a launch that is not made, of a plain loss."""
+    triton = backend()
+    device = triton.device_of(torch.device("cpu"))._replace(**facts)
+    program = triton._chunk_program(itemsize, torch.float32, False, False)
+    found = []
+    with monkeypatch.context() as patch:
+        patch.setattr(triton, "device_of", lambda _: device)
+        patch.setattr(triton, "launch", lambda _kernel, grid, *rest, **_: found.append((grid, rest[-4], *rest[-2:])))
+        triton._launch_parts(program, torch.device("cpu"), B, N, (), {}, itemsize, turns)
+    return found[0]
+
+
+@interpreted
+def test_no_program_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a chunk to measure or to finish, in groups of whatever sizes."""
+    flux = 16 * 128 * 128
+    programs, chunks, group, groups = sizes_of_parts(16, flux, 2, monkeypatch)
+    assert (programs, chunks, group, groups) == (2048, 64, 8, 2)
+    for B in range(1, 40):
+        for cache in (1 << 20, 5 << 20, 50 << 20):
+            for processors in (1, 20):
+                sizes = sizes_of_parts(B, flux, 2, monkeypatch, cache_bytes=cache, processors=processors)
+                programs, chunks, group, groups = sizes
+                assert programs == 2 * B * chunks
+                assert (groups - 1) * group < B <= groups * group
+    assert sizes_of_parts(0, flux, 2, monkeypatch)[0] == 1  # which gives the loss of nothing
+
+
+@pytest.mark.parametrize("B", [1, 2, 3, 5, 7, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_groups_of_unequal_sizes(B: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every chunk is measured and finished once, whatever the last group lacks."""
+    shape = (B, 1, 20, 30)
+    with in_parts(monkeypatch), recorded_launches(monkeypatch) as launches:
+        expected = fd.score_difference(**arguments(shape, dtype))
+    bytes_of_three = 3 * 8 * 600 * dtype.itemsize
+    with in_parts(monkeypatch, cache=bytes_of_three), recorded_launches(monkeypatch) as launches:
+        assert torch.equal(fd.score_difference(**arguments(shape, dtype)), expected)
+        check_matching(arguments(shape, dtype))
+    assert {programs for name, programs in launches if name == "chunk_kernel"} == {2 * B * 3}
+
+
+@interpreted
+def test_a_group_takes_every_program_that_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cache that holds less, too: those that finish would wait for those that measure."""
+    for shape in ((64, 4 * 128 * 128), (64, 16 * 128 * 128), (9, 3 * 1024 * 1024)):
+        for cache in (1 << 20, 4 << 20, 50 << 20):
+            _, chunks, group, groups = sizes_of_parts(*shape, 4, monkeypatch, cache_bytes=cache)
+            assert group * chunks >= 2 * 132 or groups == 1
+    assert backend().Program(1024, 256, 128).resident == 2
+    assert backend().Program(1024, 256, 64).resident == 4
+    assert backend().Program(1024, 512, 255).resident == 1
+
+
 def test_a_program_takes_several_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are more samples than programs that run at once."""
     triton = backend()
@@ -286,6 +343,21 @@ def test_backward_writes_nothing_where_the_factor_is_one() -> None:
         assert gradient.data_ptr() != saved.data_ptr()
         assert torch.equal(gradient, expected * 0.25)
     assert torch.equal(saved, expected)
+
+
+def test_backward_takes_a_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the factor is 1 they have nothing to do: as many as run at once, whatever the number of elements."""
+    triton = backend()
+    facts = triton.device_of(torch.device(DEVICE))
+    monkeypatch.setattr(triton, "device_of", lambda _: facts._replace(processors=2))
+    for B, factor in ((1, (1.0,)), (1, (0.5,)), (40, (0.5, 1.0, -3.0, 2.0, 1.5))):
+        saved = randn(B, 40000 // B + 3000)
+        upstream = torch.tensor(factor * (B // len(factor)), device=DEVICE)
+        expected = saved * upstream[:, None]
+        with recorded_launches(monkeypatch) as launches:
+            assert triton.scale_gradient(saved, None, upstream if B > 1 else upstream[0], False) is saved
+        assert torch.equal(saved, expected)
+        assert launches == [("scale_kernel", 2 * triton._SCALERS)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

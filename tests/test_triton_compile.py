@@ -57,7 +57,8 @@ def test_loads_and_stores_are_wide(target: str) -> None:
 
 
 def test_one_kernel_for_every_batch_size() -> None:
-    """What is specialised to a value or to an alignment is so for any number of samples."""
+    """What is specialised to a value or to an alignment is so for any number of samples and, in backward, for any
+    incoming gradient: after warm-up, which has a sum over samples, nothing is compiled for a weighted one."""
     served = compiled("sm_90", "--batches")
     assert {name: found for name, found in served.items() if len(found) > 1} == {}
     assert {name.rpartition(": ")[2] for name in served} >= {"sample_kernel", "chunk_kernel", "scale_kernel"}

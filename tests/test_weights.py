@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from conftest import Backend, as_tensor, to_numpy
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fdistill_ops as fd
+from fdistill_ops import _oracle as oracle
 from fdistill_ops.testing import assert_close
 
 SHORT = ("rkl", "kl", "js", "sf", "sh", "jf", "neyman", "pearson")

@@ -72,16 +72,23 @@ def _triton_interprets() -> bool:
 
 
 @functools.cache
-def _names() -> tuple[str, ...]:
+def known_names() -> tuple[str, ...]:
+    """What :func:`set_backend` takes."""
     return NAMES if _native.emulator() is None else (*NAMES, _EMULATED)
 
 
-def _serves(name: str, device_type: str) -> bool:
+def serves(name: str, device_type: str) -> bool:
+    """Whether a back end takes tensors on such a device, if it is available."""
     if name == "reference":
         return True
-    if name == _EMULATED or (name == "triton" and _triton_interprets()):
+    if interprets(name):
         return device_type == "cpu"
     return device_type == ("cuda" if name == "triton" else name)
+
+
+def interprets(name: str) -> bool:
+    """Whether that back end's kernels for GPUs run on the CPU, slowly."""
+    return name == _EMULATED or (name == "triton" and _triton_interprets())
 
 
 def available_backends() -> tuple[str, ...]:
@@ -104,7 +111,7 @@ def set_backend(name: str | None) -> None:
         RuntimeError: that back end is not available here; the message says why.
     """
     global _of_process
-    _of_process = _usable(name)
+    _of_process = usable(name)
 
 
 @contextlib.contextmanager
@@ -116,24 +123,25 @@ def use_backend(name: str | None) -> Iterator[None]:
     Raises:
         ValueError, RuntimeError: as :func:`set_backend`.
     """
-    token = _of_context.set(_usable(name))
+    token = _of_context.set(usable(name))
     try:
         yield
     finally:
         _of_context.reset(token)
 
 
-def _usable(name: str | None) -> str | None:
+def usable(name: str | None, argument: str = "name") -> str | None:
+    """The name, if it is one of a back end that can run here; the errors of :func:`set_backend` if not."""
     if name is not None:
-        _check_name(name, "name")
+        _check_name(name, argument)
         if reason := _why_not(name):
             raise RuntimeError(reason)
     return name
 
 
 def _check_name(name: str, argument: str) -> None:
-    if not isinstance(name, str) or name not in _names():
-        unknown(name, argument, _names())
+    if not isinstance(name, str) or name not in known_names():
+        unknown(name, argument, known_names())
 
 
 def choose(device: torch.device) -> str:
@@ -160,7 +168,7 @@ def _decide(override: str | None, device_type: str) -> str:
         name = _environment
         _check_name(name, "FDISTILL_BACKEND")
     if name is not None:
-        if not _serves(name, device_type):
+        if not serves(name, device_type):
             raise RuntimeError(f"the back end {name!r} cannot serve {device_type} tensors")
         if reason := _why_not(name):
             raise RuntimeError(reason)

@@ -53,6 +53,9 @@ _INLINE_LOGITS = 4096  # above, the weights get a launch of their own
 _INLINE_BINS = 32
 _TILE_BINS = 256  # held at once
 
+_REGISTERS = 65536  # of a multiprocessor
+_SCALERS = 8  # programs of backward on a multiprocessor: few enough to cost nothing where the factor is 1
+
 
 class Device(NamedTuple):
     """What the launches depend on."""
@@ -82,6 +85,11 @@ class Program(NamedTuple):
     def options(self, device: Device) -> dict[str, int]:
         options = {"num_warps": max(1, self.threads // device.warp)}
         return options | {"maxnreg": self.registers} if device.nvidia else options
+
+    @property
+    def resident(self) -> int:
+        """Programs that a multiprocessor has room for, going by the registers of NVIDIA's."""
+        return max(1, min(2048, _REGISTERS // self.registers) // self.threads)
 
 
 def launch(kernel: Any, grid: int, device: torch.device, program: Program, *arguments: Any, **constants: Any) -> None:
@@ -429,13 +437,12 @@ def _launch_parts(
     ``read_twice``: bytes of an element; ``turns``: how often each part is worked on."""
     steps = triton.cdiv(triton.cdiv(N, program.block), _PARTS)
     chunks = triton.cdiv(N, program.block * steps)
-    group = max(1, min(B, device_of(device).cache_bytes // (8 * N * read_twice)))
-    groups = max(1, triton.cdiv(B, group))  # an empty batch has a loss too
+    group, groups = _grouped(B, N * read_twice, chunks, program, device_of(device))
     scratch = torch.empty(B * (SCRATCH_FIELDS + chunks * 7), dtype=torch.float64, device=device)
     samples, measured, finished = scratch.split([B * SCRATCH_FIELDS, B * chunks * 2, B * chunks * 5])
     launch(
         chunk_kernel,
-        turns * groups * group * chunks,
+        max(1, turns * B * chunks),  # an empty batch has a loss too
         device,
         program,
         *arguments,
@@ -451,6 +458,16 @@ def _launch_parts(
         PARTS=_PARTS,
         BLOCK=program.block,
     )
+
+
+def _grouped(B: int, bytes_read_twice: int, chunks: int, program: Program, device: Device) -> tuple[int, int]:
+    """Samples of a group, and groups: of as even sizes as can be, so many samples that what is read twice of them takes
+    an eighth of the cache, but no fewer than the programs that run at once take: those would wait for each other."""
+    needed = triton.cdiv(device.processors * program.resident, max(1, chunks))
+    kept = max(1, device.cache_bytes // max(1, 8 * bytes_read_twice))
+    groups = max(1, min(triton.cdiv(B, kept), B // needed))
+    group = max(1, triton.cdiv(B, groups))
+    return group, max(1, triton.cdiv(B, group))
 
 
 _triton = Triton()
@@ -483,10 +500,11 @@ def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, kee
         B, N = 1, gradient.numel()
     program = Program(_CHUNK_BYTES // gradient.itemsize, 256)
     chunks = triton.cdiv(N, program.block)
+    device = gradient.device
     launch(
         scale_kernel,
-        B * chunks,
-        gradient.device,
+        min(B * chunks, _SCALERS * device_of(device).processors),
+        device,
         program,
         gradient,
         upstream,
@@ -494,6 +512,7 @@ def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, kee
         scale,
         N,
         chunks,
+        B * chunks,
         C=_COMPUTE[upstream.dtype],
         BLOCK=program.block,
     )

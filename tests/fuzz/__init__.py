@@ -7,15 +7,8 @@ and the wrong ones against the promise that each is refused by the argument's na
     operands.py  unusual tensors and objects
     draw.py      legal calls;  wrong.py  what can be wrong with one;  others.py  calls without samples
     contract.py  which calls are legal, from the documentation
-    expected.py  what a legal call must give, from tests/oracle.py
+    expected.py  what a legal call must give, from fdistill_ops/_oracle.py
     execute.py   one call from its record to its faults
     process.py   calls in a child process;  shrink.py  the smallest call with the same fault
     script.py    a script that shows it
 """
-
-import sys
-from pathlib import Path
-
-_TESTS = str(Path(__file__).resolve().parent.parent)
-if _TESTS not in sys.path:  # the oracle lies there
-    sys.path.append(_TESTS)

@@ -1,4 +1,4 @@
-"""What a legal call of the losses must give, from the independent oracle (tests/oracle.py).
+"""What a legal call of the losses must give, from the independent oracle (fdistill_ops/_oracle.py).
 
 Everything is laid out as [B, N] for the oracle, rows of coefficients repeated. Where float32 may overflow or lose all
 digits on the way, which the oracle's float64 does not, a sample is not compared; the others of the batch are.
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import oracle
 import torch
+
+from fdistill_ops import _oracle as oracle
 
 from .compare import Array, Problems
 from .contract import as_number, is_tensor

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import oracle
 import torch
 
+from fdistill_ops import _oracle as oracle
 from fdistill_ops.stats import FIELDS
 
 from .compare import Array, Problems

@@ -1,4 +1,4 @@
-"""What f_weights must give, and the histogram, from the independent oracle (tests/oracle.py)."""
+"""What f_weights must give, and the histogram, from the independent oracle (fdistill_ops/_oracle.py)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import oracle
 import torch
+
+from fdistill_ops import _oracle as oracle
 
 from .compare import Array, Problems, numbers_of
 from .contract import as_number

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import oracle
 import torch
 
 import fdistill_ops as fd
+from fdistill_ops import _oracle as oracle
 from fdistill_ops import divergences
 
 from .compare import Array, Problems, numbers_of

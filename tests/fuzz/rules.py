@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import oracle
 import torch
 from torch import Tensor
 
 import fdistill_ops as fd
+from fdistill_ops import _oracle as oracle
 
 from .contract import (
     FLOATS,

@@ -23,11 +23,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import oracle
 from conftest import as_tensor, check_identity, check_loss, expected_matching, roundings, to_numpy
 
 import fdistill_ops as fd
 from fdistill_ops import _native
+from fdistill_ops import _oracle as oracle
 from fdistill_ops.testing import DTYPES, LAYOUTS, assert_close, lay_out, poison
 
 # Shares of calls by the elements of x: less than a vector or a warp; chunks that threads share; more than caches hold.
