@@ -35,8 +35,12 @@ SOURCES = ["restated"] + (["checkouts"] if CHECKOUTS else [])
 
 # Third-party and heavy modules that the code bases import and their losses do not use.
 _HEAVY = {
-    "FastGen": (),
-    "DMD2": ("diffusers", "dnnlib", "main.sd_unet_forward", "main.edm.edm_network"),
+    "FastGen": (
+        *("loguru", "omegaconf", "hydra", "wandb", "webdataset", "fastgen.utils.logging_utils"),
+        *("fastgen.utils.registry", "fastgen.utils.basic_utils", "fastgen.networks", "fastgen.configs"),
+        *("fastgen.methods.model", "fastgen.methods.consistency_model", "fastgen.methods.knowledge_distillation"),
+    ),
+    "DMD2": ("diffusers", "dnnlib", "transformers", "imageio", "main.sd_unet_forward", "main.edm.edm_network"),
     "CausVid": ("causvid.models", "causvid.loss"),
     "Self-Forcing": ("pipeline", "utils", "einops"),
     "SiD": ("dnnlib",),
@@ -52,7 +56,7 @@ class _Empty(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (torch.nn.Module,), {})
+        return type(name, (torch.nn.Module,), {"__init__": lambda self, *_, **__: torch.nn.Module.__init__(self)})
 
 
 class _EmptyModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):

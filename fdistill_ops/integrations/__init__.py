@@ -8,6 +8,19 @@ them in (as a context manager, for the length of a block), and ``unpatch()``. do
 
 from . import causvid, dmd2, fastgen, self_forcing, sid
 from ._deferred import Deferred
-from ._patching import Patch, Patched, Target
+from ._fingerprint import fingerprint
+from ._patching import Finding, Patch, Patched, Target
 
-__all__ = ["Deferred", "Patch", "Patched", "Target", "causvid", "dmd2", "fastgen", "self_forcing", "sid"]
+__all__ = [
+    "Deferred",
+    "Finding",
+    "Patch",
+    "Patched",
+    "Target",
+    "causvid",
+    "dmd2",
+    "fastgen",
+    "fingerprint",
+    "self_forcing",
+    "sid",
+]
