@@ -1,5 +1,5 @@
-"""What a function computes, as a short hash: docstrings, comments, formatting and annotations do not change it, anything
-else does. It is the same in every version of Python."""
+"""What a function computes, as a short hash: docstrings, comments, formatting and annotations do not change it,
+anything else does. It is the same in every version of Python."""
 
 from __future__ import annotations
 

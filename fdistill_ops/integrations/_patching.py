@@ -97,7 +97,8 @@ class Patch:
 
         Raises:
             ImportError: the code base is not installed, or cannot be imported itself.
-            RuntimeError: a module or a function is missing or does not look as expected; the message says which and how.
+            RuntimeError: a module or a function is missing or does not look as expected; the message says which and
+                how.
         """
         if self._swaps:
             return Patched(self, owner=False)

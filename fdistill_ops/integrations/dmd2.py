@@ -238,9 +238,9 @@ _PATCH = Patch(
 
 
 def patch(strict: bool = True) -> Patched:
-    """Makes DMD2's guidance modules use the functions here; as a context manager, for the length of the block. Left out,
-    and named by what it returns, is the one for Stable Diffusion where diffusers is not installed, and that for EDM
-    where dnnlib is not. See :meth:`fdistill_ops.integrations.Patch.apply`."""
+    """Makes DMD2's guidance modules use the functions here; as a context manager, for the length of the block. The one
+    for Stable Diffusion is left out where diffusers is not installed, and that for EDM where dnnlib is not: what is
+    returned says so. See :meth:`fdistill_ops.integrations.Patch.apply`."""
     return _PATCH.apply(strict)
 
 
