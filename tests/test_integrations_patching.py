@@ -16,10 +16,17 @@ from integration_cases import RESTATED, SOURCES, importable
 from test_readme import run_python
 
 import fdistill_ops as fd
-from fdistill_ops.integrations import Patch, Target, causvid, dmd2, fastgen, fingerprint, self_forcing, sid
+from fdistill_ops.integrations import Patch, Target, causvid, dmd2, fastgen, fastvideo, fingerprint, self_forcing, sid
 from fdistill_ops.integrations.__main__ import main
 
-INTEGRATIONS = {"FastGen": fastgen, "DMD2": dmd2, "CausVid": causvid, "Self-Forcing": self_forcing, "SiD": sid}
+INTEGRATIONS = {
+    "FastGen": fastgen,
+    "DMD2": dmd2,
+    "CausVid": causvid,
+    "Self-Forcing": self_forcing,
+    "SiD": sid,
+    "FastVideo": fastvideo,
+}
 
 
 def function(target: Target, source: str = "return 'original'", defaults: str = "") -> Any:

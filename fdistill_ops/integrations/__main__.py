@@ -19,10 +19,11 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from . import causvid, dmd2, fastgen, self_forcing, sid
+from . import causvid, dmd2, fastgen, fastvideo, self_forcing, sid
 from ._patching import Patch, Refused
 
-_MODULES = {module.__name__.rpartition(".")[2]: module for module in (causvid, dmd2, fastgen, self_forcing, sid)}
+_CODE_BASES = (causvid, dmd2, fastgen, fastvideo, self_forcing, sid)
+_MODULES = {module.__name__.rpartition(".")[2]: module for module in _CODE_BASES}
 _NAME = "python -m fdistill_ops.integrations"
 
 
