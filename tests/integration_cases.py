@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 import fdistill_ops as fd
 from fdistill_ops import _ops
-from fdistill_ops.integrations import causvid, dmd2, fastgen, self_forcing, sid
+from fdistill_ops.integrations import causvid, dmd2, fastgen, fastvideo, self_forcing, sid
 
 RESTATED = Path(__file__).resolve().parent / "codebases"
 CHECKOUTS = os.environ.get("FDISTILL_CODEBASES")
@@ -35,13 +35,39 @@ SOURCES = ["restated"] + (["checkouts"] if CHECKOUTS else [])
 
 # Third-party and heavy modules that the code bases import and their losses do not use.
 _HEAVY = {
-    "FastGen": (),
-    "DMD2": ("diffusers", "dnnlib", "main.sd_unet_forward", "main.edm.edm_network"),
+    "FastGen": (
+        *("loguru", "omegaconf", "hydra", "wandb", "webdataset", "fastgen.utils.logging_utils"),
+        *("fastgen.utils.registry", "fastgen.utils.basic_utils", "fastgen.networks", "fastgen.configs"),
+        *("fastgen.methods.model", "fastgen.methods.consistency_model", "fastgen.methods.knowledge_distillation"),
+    ),
+    "DMD2": ("diffusers", "dnnlib", "transformers", "imageio", "main.sd_unet_forward", "main.edm.edm_network"),
     "CausVid": ("causvid.models", "causvid.loss"),
     "Self-Forcing": ("pipeline", "utils", "einops"),
     "SiD": ("dnnlib",),
+    "FastVideo": (
+        *("imageio", "torchvision", "einops", "torchdata", "wandb", "tqdm"),
+        *(f"fastvideo.{name}" for name in ("api", "configs", "dataset", "distributed", "entrypoints", "envs")),
+        *(f"fastvideo.{name}" for name in ("fastvideo_args", "forward_context", "logger", "models", "pipelines")),
+        *(f"fastvideo.{name}" for name in ("platforms", "utils", "version", "attention", "layers")),
+        *(f"fastvideo.train.{name}" for name in ("trainer", "models", "callbacks", "entrypoint")),
+        *(f"fastvideo.train.methods.distribution_matching.{name}" for name in ("anyflow", "anyflow_pretrain")),
+        "fastvideo.train.methods.distribution_matching.streaming_long_tuning",
+        *(f"fastvideo.train.utils.{name}" for name in ("checkpoint", "optimizer")),
+        *(f"fastvideo.training.{name}" for name in ("activation_checkpoint", "checkpointing_utils", "trackers")),
+        *(f"fastvideo.training.{name}" for name in ("training_pipeline", "training_utils", "wan_training_pipeline")),
+        "fastvideo.training.ltx2_training_pipeline",
+    ),
 }
-_PACKAGES = ("fastgen", "main", "causvid", "model", "training", "torch_utils", *{n for h in _HEAVY.values() for n in h})
+_PACKAGES = (
+    "fastgen",
+    "fastvideo",
+    "main",
+    "causvid",
+    "model",
+    "training",
+    "torch_utils",
+    *{n for h in _HEAVY.values() for n in h},
+)
 
 
 class _Empty(ModuleType):
@@ -52,7 +78,7 @@ class _Empty(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (torch.nn.Module,), {})
+        return type(name, (torch.nn.Module,), {"__init__": lambda self, *_, **__: torch.nn.Module.__init__(self)})
 
 
 class _EmptyModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -117,7 +143,7 @@ class Canned(torch.nn.Module):
         self.outputs, self.seen = outputs, []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.seen.append((args, dict(sorted(kwargs.items()))))
+        self.seen.append((args, kwargs if torch.compiler.is_compiling() else dict(sorted(kwargs.items()))))
         return self.outputs[(len(self.seen) - 1) % len(self.outputs)]
 
 
@@ -300,6 +326,87 @@ def _sid(tensors: dict[str, Tensor]) -> Model:
     return Model(loss, leaves, networks)
 
 
+class Stub:
+    """Whatever attributes it is given."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+
+
+def _fastvideo(cls: str, scale: float | None) -> Callable[[dict[str, Tensor]], Model]:
+    module = {"DMD2Method": "dmd2", "SelfForcingMethod": "self_forcing"}[cls]
+
+    def build(tensors: dict[str, Tensor]) -> Model:
+        found = importlib.import_module(f"fastvideo.train.methods.distribution_matching.{module}")
+        critic, teacher = Canned(tensors["fake"]), Canned(tensors["real"], tensors["uncond"])
+        scheduler = Noisy(tensors["noisy"])
+
+        def move(timestep: Tensor) -> Tensor:
+            return (3 * timestep).clamp(20, 980)
+
+        add_noise = scheduler.add_noise
+        method = bare(
+            getattr(found, cls),
+            student=Stub(num_train_timesteps=1000, shift_and_clamp_timestep=move, add_noise=add_noise),
+            critic=Stub(predict_x0=critic),
+            teacher=Stub(predict_x0=teacher),
+            method_config={"real_score_guidance_scale": scale},
+            cuda_generator=None,
+            _cfg_uncond=None,
+            _score_min_timestep=100,
+            _score_max_timestep=900,
+            _sf_add_noise=add_noise,
+            _predict_x0_with_scheduler=lambda model, *args, **kwargs: model.predict_x0(*args, **kwargs),
+        )
+        return Model(lambda x: (method._dmd_loss(x, "batch"), {}), parts=[scheduler, critic, teacher])
+
+    return build
+
+
+def _shift(timestep: Tensor, shift: float, steps: float) -> Tensor:
+    return steps * (shift * (timestep / steps) / (1 + (shift - 1) * (timestep / steps)))
+
+
+def _to_x0(pred_noise: Tensor, noise_input_latent: Tensor, timestep: Tensor, scheduler: Any) -> Tensor:
+    image = noise_input_latent.double() - timestep.double() / 1000 * pred_noise.double()
+    return image.to(pred_noise.dtype)
+
+
+def _fastvideo_pipeline(tensors: dict[str, Tensor]) -> Model:
+    module: Any = importlib.import_module("fastvideo.training.distillation_pipeline")
+    module.shift_timestep, module.pred_noise_to_pred_video = _shift, _to_x0  # whatever the checkout has
+    fake, *real = (Canned(tensors[name].permute(0, 2, 1, 3, 4)) for name in ("fake", "real", "uncond"))
+    transformer = Canned(real[0].outputs[0], real[1].outputs[0])
+    scheduler = Noisy(tensors["noisy"].flatten(0, 1))
+    batch = Stub(
+        conditional_dict={"a": 1}, unconditional_dict={"a": 0}, latents=tensors["real"], dmd_latent_vis_dict={}
+    )
+
+    def build(noisy: Tensor, timestep: Tensor, condition: Any, training_batch: Any) -> Any:
+        training_batch.input_kwargs = {"hidden_states": noisy, "timestep": timestep, **condition}
+        return training_batch
+
+    pipeline = Stub(
+        num_train_timestep=1000,
+        device="cpu",
+        timestep_shift=5.0,
+        min_timestep=20,
+        max_timestep=980,
+        video_latent_shape=tensors["x"].shape,
+        noise_scheduler=scheduler,
+        real_score_guidance_scale=3.5,
+        _build_distill_input_kwargs=build,
+        _get_fake_score_transformer=lambda timestep: fake,
+        _get_real_score_transformer=lambda timestep: transformer,
+    )
+
+    def loss(x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        value = module.DistillationPipeline._dmd_forward(pipeline, generator_pred_video=x, training_batch=batch)
+        return value, dict(batch.dmd_latent_vis_dict)
+
+    return Model(loss, parts=[scheduler, fake, transformer])
+
+
 _SD = ("noisy", "real", "uncond", "fake")
 _VIDEO = (2, 6, 4, 8, 8)
 CASES = [
@@ -358,6 +465,10 @@ CASES = [
         _VIDEO,
     ),
     Case("sid", "SiD", sid, ("real", "fake"), _sid),
+    Case("fastvideo dmd2", "FastVideo", fastvideo, _SD, _fastvideo("DMD2Method", 3.5), _VIDEO),
+    Case("fastvideo dmd2 unguided", "FastVideo", fastvideo, _SD, _fastvideo("DMD2Method", None), _VIDEO),
+    Case("fastvideo self-forcing", "FastVideo", fastvideo, _SD, _fastvideo("SelfForcingMethod", 3.0), _VIDEO),
+    Case("fastvideo pipeline", "FastVideo", fastvideo, _SD, _fastvideo_pipeline, (1, *_VIDEO[1:])),
 ]
 
 

@@ -16,6 +16,11 @@ _METADATA = {
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.detach}
 
 
+def when_read(compute: Callable[[], Tensor], shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A :class:`Deferred`; under torch.compile and torch.export, which cannot put it off, the elements themselves."""
+    return compute() if torch.compiler.is_compiling() else Deferred(compute, shape, dtype, device)
+
+
 class Deferred(Tensor):
     """A tensor whose elements are computed when the first operation reads them: until then it
     costs no launch and no memory of its own (what ``compute`` holds it keeps alive).

@@ -6,30 +6,61 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType, ModuleType, TracebackType
 from typing import Any, NamedTuple
 
+from ._fingerprint import decorated, fingerprint
+
 
 class Target(NamedTuple):
-    """A function of a code base, how it looks in the version this package was written for, and what takes its place.
+    """A function of a code base, and what takes its place.
 
     Attributes:
         module, name: where it is defined; ``name`` is ``"function"`` or ``"Class.method"``.
         parameters: the names of its parameters, separated by spaces.
-        uses: every name its body refers to (globals, attributes, methods), and every float in it.
+        uses: every name its body refers to (globals, attributes, methods), and every float in it: how it is recognised
+            where its patch knows no fingerprint of it. Two functions of one arithmetic may use the same and differ.
         replacement: what takes its place; None for a function that is only looked at, because a replacement does its
             work as well.
         inner: a method of the same class whose work the replacement does as well. Where a subclass has its own, the
             original goes on calling that.
+        may_lack: modules, separated by spaces, without which its own cannot be imported and is left out: packages that
+            only a part of the code base needs, or a part of the code base that other versions do not have.
     """
 
     module: str
     name: str
     parameters: str
-    uses: str
+    uses: str = ""
     replacement: Callable[..., Any] | None = None
     inner: str = ""
+    may_lack: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+class Finding(NamedTuple):
+    """What :meth:`Patch.check` finds of a target.
+
+    Attributes:
+        function: ``"module.name"``.
+        replaced: whether it is to be replaced, or only looked at.
+        versions: of the code base, in which it is the same; empty where it was recognised by other means.
+        left_out: why it is left out, or empty.
+        refusal: why it is refused, or empty.
+    """
+
+    function: str
+    replaced: bool
+    versions: str = ""
+    left_out: str = ""
+    refusal: str = ""
+
+
+class Refused(RuntimeError):
+    """A code base that does not look as expected."""
 
 
 class _Swap(NamedTuple):
@@ -45,48 +76,53 @@ class Patch:
     Args:
         project: what messages call the code base.
         targets: its functions.
+        known: for functions, as ``"module.name"``, the fingerprints (:func:`fdistill_ops.integrations.fingerprint`)
+            with which they are accepted, each with the versions that have it.
     """
 
-    def __init__(self, project: str, targets: Sequence[Target]) -> None:
-        self.project, self.targets = project, tuple(targets)
+    def __init__(
+        self, project: str, targets: Sequence[Target], known: Mapping[str, Mapping[str, str]] | None = None
+    ) -> None:
+        self.project, self.targets, self.known = project, tuple(targets), dict(known or {})
         self._swaps: list[_Swap] = []
+        self._findings: list[Finding] = []
 
     def apply(self, strict: bool = True) -> Patched:
-        """Swaps every target in the modules that can be imported: where it is defined, and in every module of its
-        package that has imported it by name. Nothing is swapped where something is refused. Where the targets are
-        swapped already nothing happens, and leaving the result as a context keeps them.
+        """Swaps every target: where it is defined, and in every module of its package that has imported it by name.
+        Nothing is swapped where something is refused. Where the targets are swapped already nothing happens, and
+        leaving the result as a context keeps them.
 
         Args:
-            strict: also refuse a function whose body refers to other names or floats than expected. Without it the
-                names of its parameters alone are compared.
+            strict: also refuse a function that is not known. Without it the names of its parameters alone are compared.
 
         Raises:
-            ImportError: none of the modules can be imported.
-            RuntimeError: a function is missing or does not look as expected; the message says which and how.
+            ImportError: the code base is not installed, or cannot be imported itself.
+            RuntimeError: a module or a function is missing or does not look as expected; the message says which and
+                how.
         """
         if self._swaps:
             return Patched(self, owner=False)
-        swaps, looked_at, absent = [], 0, {}
-        for target in self.targets:
-            if target.module not in absent:
-                try:
-                    importlib.import_module(target.module)
-                except ImportError as error:
-                    absent[target.module] = f"{target.module}: {error}"
-            if target.module in absent:
-                continue
-            looked_at += 1
-            owner, name, original = self._find(target)
-            self._compare(target, original, strict)
-            if target.replacement is not None:
-                replacement = _unless_overridden(owner, target, original) if target.inner else target.replacement
-                swaps.append(_Swap(owner, name, original, replacement))
-        if not looked_at:
-            raise ImportError(f"{self.project} cannot be patched, it cannot be imported: {'; '.join(absent.values())}")
-        for swap in swaps:
-            _replace(swap.owner, swap.name, swap.original, swap.replacement)
-        self._swaps = swaps
+        swaps, findings = self._examine(strict)
+        for finding in findings:
+            if finding.refusal:
+                raise Refused(finding.refusal)
+        self._findings = findings
+        try:
+            for swap in swaps:
+                self._swaps.append(swap)
+                _replace(swap.owner, swap.name, swap.original, swap.replacement)
+        except BaseException:
+            self.revert()
+            raise
         return Patched(self, owner=True)
+
+    def check(self, strict: bool = True) -> list[Finding]:
+        """What :meth:`apply` would find, target by target; changes nothing.
+
+        Raises:
+            ImportError: as :meth:`apply`.
+        """
+        return list(self._findings) if self._swaps else self._examine(strict)[1]
 
     def revert(self) -> None:
         """Puts the originals back, wherever ours still stands. Does nothing where nothing is swapped."""
@@ -99,6 +135,49 @@ class Patch:
         """What is swapped at the moment, as ``"module.name"``."""
         return tuple(f"{_module_of(swap.owner)}.{swap.name}" for swap in self._swaps)
 
+    def _examine(self, strict: bool) -> tuple[list[_Swap], list[Finding]]:
+        absent = {}
+        for target in self.targets:
+            try:
+                absent[target] = self._import(target)
+            except Refused as error:
+                return [], [Finding(str(target), target.replacement is not None, refusal=str(error))]
+        if all(absent.values()):
+            reasons = "; ".join(dict.fromkeys(f"{target.module}: {reason}" for target, reason in absent.items()))
+            raise ImportError(f"{self.project} cannot be patched, it cannot be imported: {reasons}")
+        swaps, findings = [], []
+        for target in self.targets:
+            finding = Finding(str(target), target.replacement is not None, left_out=absent[target])
+            if not finding.left_out:
+                try:
+                    owner, name, original = self._find(target)
+                    finding = finding._replace(versions=self._compare(target, original, strict))
+                except Refused as error:
+                    finding = finding._replace(refusal=str(error))
+                else:
+                    if target.replacement is not None:
+                        ours = _unless_overridden(owner, target, original) if target.inner else target.replacement
+                        swaps.append(_Swap(owner, name, original, ours))
+            findings.append(finding)
+        return swaps, findings
+
+    def _import(self, target: Target) -> str:
+        """Imports the module. Returns why it is left out, or nothing."""
+        try:
+            importlib.import_module(target.module)
+        except ModuleNotFoundError as error:
+            missing = error.name or ""
+            if missing == target.module.partition(".")[0] or missing in target.may_lack.split():
+                return str(error)
+            if f"{target.module}.".startswith(f"{missing}."):
+                where = getattr(sys.modules.get(target.module.partition(".")[0]), "__file__", None)
+                found = f" (what is imported is {where})" if where else ""
+                raise Refused(
+                    f"{self.project} does not look as expected: it has no module {target.module}{found}"
+                ) from error
+            raise
+        return ""
+
     def _find(self, target: Target) -> tuple[Any, str, Any]:
         """The module, or the class, whose own attribute the function is; its name there; the function."""
         owner: Any = sys.modules[target.module]
@@ -108,25 +187,36 @@ class Patch:
         for holder in getattr(owner, "__mro__", [owner]):
             if name in getattr(holder, "__dict__", {}):
                 return holder, name, vars(holder)[name]
-        raise RuntimeError(f"{self.project} does not look as expected: {target.module} has no {target.name}")
+        raise Refused(f"{self.project} does not look as expected: {target.module} has no {target.name}")
 
-    def _compare(self, target: Target, original: Any, strict: bool) -> None:
-        where = f"{self.project} does not look as expected: {target.module}.{target.name}"
+    def _compare(self, target: Target, original: Any, strict: bool) -> str:
+        """The versions which the function is known from."""
+        where = f"{self.project} does not look as expected: {target}"
         function = inspect.unwrap(original) if callable(original) else original
         if not inspect.isfunction(function):
-            raise RuntimeError(f"{where} is {type(original).__name__}, not a Python function")
-        code = function.__code__
+            raise Refused(f"{where} is {type(original).__name__}, not a Python function")
         parameters = list(inspect.signature(function).parameters)
         if parameters != target.parameters.split():
-            raise RuntimeError(f"{where} takes ({', '.join(parameters)}), not ({target.parameters.replace(' ', ', ')})")
-        if strict:
-            found, known = set(_uses(code)), set(target.uses.split())
-            new, gone = sorted(found - known), sorted(known - found)
-            if new or gone:
-                changes = [f"uses {' '.join(new)}"] * bool(new) + [f"no longer uses {' '.join(gone)}"] * bool(gone)
-                raise RuntimeError(
-                    f"{where} {' and '.join(changes)}. If it computes the same all the same, pass strict=False"
-                )
+            raise Refused(f"{where} takes ({', '.join(parameters)}), not ({target.parameters.replace(' ', ', ')})")
+        if not strict:
+            return ""
+        known = self.known.get(str(target))
+        if known is None:
+            _compare_uses(where, target, function)
+            return ""
+        try:
+            found, wrapped = fingerprint(function), function is not original and not decorated(function)
+        except ValueError as error:
+            raise Refused(f"{where} cannot be recognised, {error}{_LOOSE}") from None
+        if found not in known:
+            listed = ", ".join(f"{print_} of {versions}" for print_, versions in known.items())
+            raise Refused(f"{where} is none that is known (its fingerprint is {found}, not {listed}){_LOOSE}")
+        if wrapped:
+            raise Refused(f"{where} is wrapped in another function, which would be lost{_LOOSE}")
+        return known[found]
+
+
+_LOOSE = "; strict=False (--loose) compares no more than the names of its parameters"
 
 
 class Patched:
@@ -136,6 +226,7 @@ class Patched:
     def __init__(self, patch: Patch, owner: bool) -> None:
         self._patch, self._owner = patch, owner
         self.functions = patch.applied
+        self._left_out = [f"{finding.function} ({finding.left_out})" for finding in patch.check() if finding.left_out]
 
     def __enter__(self) -> Patched:
         return self
@@ -147,7 +238,16 @@ class Patched:
             self._patch.revert()
 
     def __repr__(self) -> str:
-        return f"<{self._patch.project} on fdistill_ops: {', '.join(self.functions)}>"
+        left_out = f"; left out: {', '.join(self._left_out)}" if self._left_out else ""
+        return f"<{self._patch.project} on fdistill_ops: {', '.join(self.functions)}{left_out}>"
+
+
+def _compare_uses(where: str, target: Target, function: Any) -> None:
+    found, known = set(_uses(function.__code__)), set(target.uses.split())
+    new, gone = sorted(found - known), sorted(known - found)
+    if new or gone:
+        changes = [f"uses {' '.join(new)}"] * bool(new) + [f"no longer uses {' '.join(gone)}"] * bool(gone)
+        raise Refused(f"{where} {' and '.join(changes)}{_LOOSE}")
 
 
 def _unless_overridden(owner: type, target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,7 +257,8 @@ def _unless_overridden(owner: type, target: Target, original: Callable[..., Any]
 
     @functools.wraps(replacement)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        chosen = replacement if getattr(type(self), target.inner) is inner else original
+        bound = getattr(self, target.inner)
+        chosen = replacement if getattr(bound, "__func__", bound) is inner else original
         return chosen(self, *args, **kwargs)
 
     return method

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..losses import distribution_matching_loss, score_difference
-from ._deferred import Deferred
+from ._deferred import when_read
 from ._results import guided
 
 
@@ -61,7 +61,7 @@ def matching_loss(
     mask = gradient_mask.reshape(gradient_mask.shape + extra).expand_as(image_or_video)
     loss = distribution_matching_loss(image_or_video, mask=mask, **arguments)
     sample = image_or_video.detach()
-    return loss, Deferred(
+    return loss, when_read(
         lambda: score_difference(sample, **arguments).abs().mean(dtype=torch.float64),
         shape=(),
         dtype=torch.float64,

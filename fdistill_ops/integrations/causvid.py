@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._deferred import Deferred
+from ._deferred import when_read
+from ._known import KNOWN
 from ._patching import Patch, Patched, Target
 from ._results import guided
 from ._video import add_noise, matching_loss
@@ -59,7 +60,7 @@ def compute_distribution_matching_loss(
     return loss, {
         "dmdtrain_clean_latent": image_or_video.detach(),
         "dmdtrain_noisy_latent": noisy,
-        "dmdtrain_pred_real_image": Deferred(
+        "dmdtrain_pred_real_image": when_read(
             lambda: guided(real_cond, real_uncond, scale), real_cond.shape, real_cond.dtype, real_cond.device
         ),
         "dmdtrain_pred_fake_image": fake,
@@ -68,27 +69,25 @@ def compute_distribution_matching_loss(
     }
 
 
+_PROJECT = "tianweiy/CausVid"
 _PATCH = Patch(
-    "tianweiy/CausVid",
+    _PROJECT,
     [
         Target(
             "causvid.dmd",
             "DMD._compute_kl_grad",
             "self noisy_image_or_video estimated_clean_image_or_video timestep conditional_dict unconditional_dict "
             "normalization",
-            "abs detach fake_score mean nan_to_num real_guidance_scale real_score torch",
         ),
         Target(
             "causvid.dmd",
             "DMD.compute_distribution_matching_loss",
             "self image_or_video conditional_dict unconditional_dict gradient_mask",
-            "F _compute_kl_grad _process_timestep add_noise clamp detach device double flatten long max_step min_step "
-            "mse_loss no_grad num_train_timestep randint randn_like real_task_type scheduler shape timestep_shift "
-            "torch unflatten 0.5",
-            compute_distribution_matching_loss,
+            replacement=compute_distribution_matching_loss,
             inner="_compute_kl_grad",
         ),
     ],
+    KNOWN[_PROJECT],
 )
 
 

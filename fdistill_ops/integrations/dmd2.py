@@ -17,7 +17,8 @@ from torch import Tensor
 from ..losses import distribution_matching_loss, score_difference
 from ..predictions import to_x0
 from ..stats import LossStats
-from ._deferred import Deferred
+from ._deferred import when_read
+from ._known import KNOWN
 from ._patching import Patch, Patched, Target
 from ._results import guided, in_dtype_of
 
@@ -130,8 +131,8 @@ def sd_distribution_matching_loss(
         noise = noise.double() if uncond is None else guided(noise.double(), uncond.double(), real_scale)
         return to_x0(noise, noisy, **_schedule(guidance.alphas_cumprod, timesteps)).float()
 
-    def deferred(compute: Callable[[], Tensor]) -> Deferred:
-        return Deferred(compute, latents.shape, torch.float32, latents.device)
+    def deferred(compute: Callable[[], Tensor]) -> Tensor:
+        return when_read(compute, latents.shape, torch.float32, latents.device)
 
     return {"loss_dm": loss.float()}, {
         "dmtrain_noisy_latents": noisy.float(),
@@ -167,7 +168,7 @@ def edm_distribution_matching_loss(
         "dmtrain_noisy_latents": noisy,
         "dmtrain_pred_real_image": real,
         "dmtrain_pred_fake_image": fake,
-        "dmtrain_grad": Deferred(
+        "dmtrain_grad": when_read(
             lambda: score_difference(sample.to(dtype), real, fake, **_FLAGS), latents.shape, dtype, latents.device
         ),
         "dmtrain_gradient_norm": stats.grad_norm,
@@ -202,43 +203,44 @@ def _in_bfloat16(value: Any, nested: bool) -> Any:
     return {key: entry.to(torch.bfloat16) for key, entry in value.items()} if nested else value
 
 
+_PROJECT = "tianweiy/DMD2"
 _SD, _EDM = "main.sd_guidance", "main.edm.edm_guidance"
+# Each of its two programs needs one of the modules, and a package that the other program does not.
+_SD_NEEDS, _EDM_NEEDS = "diffusers", "dnnlib"
 _PATCH = Patch(
-    "tianweiy/DMD2",
+    _PROJECT,
     [
         Target(
             _SD,
             "SDGuidance.compute_distribution_matching_loss",
             "self latents text_embedding uncond_embedding unet_added_conditions uncond_unet_added_conditions",
-            "F abs add_noise alphas_cumprod bfloat16 detach device double fake_guidance_scale fake_unet float "
-            "get_x0_from_noise item items long max_step mean min min_step mse_loss nan_to_num no_grad norm "
-            "num_train_timesteps predict_noise randint randn_like real_guidance_scale real_unet scheduler sdxl shape "
-            "to torch use_fp16 0.5",
-            sd_distribution_matching_loss,
+            replacement=sd_distribution_matching_loss,
+            may_lack=_SD_NEEDS,
         ),
         Target(
             _SD,
             "predict_noise",
             "unet noisy_latents text_embeddings uncond_embedding timesteps guidance_scale unet_added_conditions "
             "uncond_unet_added_conditions",
-            "cat chunk keys sample torch",
+            may_lack=_SD_NEEDS,
         ),
-        Target(_SD, "get_x0_from_noise", "sample model_output alphas_cumprod timestep", "reshape 0.5"),
+        Target(_SD, "get_x0_from_noise", "sample model_output alphas_cumprod timestep", may_lack=_SD_NEEDS),
         Target(
             _EDM,
             "EDMGuidance.compute_distribution_matching_loss",
             "self latents labels",
-            "F abs detach device fake_unet item karras_sigmas long max_step mean min min_step mse_loss nan_to_num "
-            "no_grad norm num_train_timesteps randint randn_like real_unet reshape shape torch 0.5",
-            edm_distribution_matching_loss,
+            replacement=edm_distribution_matching_loss,
+            may_lack=_EDM_NEEDS,
         ),
     ],
+    KNOWN[_PROJECT],
 )
 
 
 def patch(strict: bool = True) -> Patched:
-    """Makes DMD2's guidance modules, those that can be imported, use the functions here; as a context manager, for the
-    length of the block. See :meth:`fdistill_ops.integrations.Patch.apply`."""
+    """Makes DMD2's guidance modules use the functions here; as a context manager, for the length of the block. The one
+    for Stable Diffusion is left out where diffusers is not installed, and that for EDM where dnnlib is not: what is
+    returned says so. See :meth:`fdistill_ops.integrations.Patch.apply`."""
     return _PATCH.apply(strict)
 
 

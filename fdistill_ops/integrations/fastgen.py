@@ -16,12 +16,14 @@ from ..divergences import Divergence
 from ..histogram import RatioHistogram
 from ..losses import distribution_matching_loss
 from ..weights import f_weights
+from ._fingerprint import fingerprint
+from ._known import FASTGEN_WEIGHTINGS, KNOWN
 from ._patching import Patch, Patched, Target
 from ._results import in_dtype_of
 
 __all__ = ["f_div_weighting_h", "patch", "unpatch", "variational_score_distillation_loss"]
 
-# FastGen leaves constant factors out of some weights, and so does the alpha family.
+# What FastGen's settings call the divergences; for models that have no weighting function of their own.
 _DIVERGENCES = {
     "rkl": "reverse_kl",
     "kl": "forward_kl",
@@ -80,46 +82,57 @@ def f_div_weighting_h(model: Any, fake_logits: Tensor, t: Tensor) -> Tensor:
             float(schedule.min_t), float(schedule.max_t), bins=model.net.bins, ema_rate=config.ratio_ema_rate
         )
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    divergence = _divergence(model, config.f_div)
     weights = f_weights(
         fake_logits,
         None if histogram is None else t,
-        divergence=_divergence(model, config.f_div),
+        divergence=divergence,
         ratio_clip=(config.ratio_lower, config.ratio_upper),
         histogram=histogram,
-        normalize=None if config.f_div == "rkl" else "mean",  # its mean is 1
+        normalize=None if divergence == "reverse_kl" else "mean",  # its mean is 1
         group=torch.distributed.group.WORLD if distributed else None,
     )
     return weights.to(fake_logits.dtype)
 
 
 def _divergence(model: Any, name: str) -> str | Divergence:
-    """Ours for a name of FastGen's; for one that a user has added there, a divergence with that weight."""
-    if name in _DIVERGENCES:
-        return _DIVERGENCES[name]
-    h = model.f_div_weighting_function
+    """What the model weighs by: ours for a weighting that is FastGen's own; for another, which a user has put into its
+    table under whatever name, a divergence with that weight."""
+    h = getattr(model, "f_div_weighting_function", None)
+    ours = _DIVERGENCES.get(name) if h is None else FASTGEN_WEIGHTINGS.get(_fingerprint_of(h))
+    if ours is not None:
+        return ours
+    if h is None:
+        raise ValueError(f"f_div is {name!r}, and the model has no f_div_weighting_function")
     return Divergence(name, None, h, lambda log_r: h(log_r.exp()).log(), lambda log_r: h(log_r.exp()))
 
 
+@torch.compiler.assume_constant_result
+def _fingerprint_of(h: Any) -> str:
+    try:
+        return fingerprint(h)
+    except ValueError:  # no function, or one whose source cannot be read
+        return ""
+
+
+_PROJECT = "NVlabs/FastGen"
 _PATCH = Patch(
-    "NVlabs/FastGen",
+    _PROJECT,
     [
         Target(
             "fastgen.methods.common_loss",
             "variational_score_distillation_loss",
             "gen_data teacher_x0 fake_score_x0 additional_scale",
-            "F abs dtype expand_like float mean mse_loss ndim no_grad range to torch tuple 0.5 1e-06",
-            variational_score_distillation_loss,
+            replacement=variational_score_distillation_loss,
         ),
         Target(
             "fastgen.methods.distribution_matching.f_distill",
             "FdistillModel._get_f_div_weighting_h",
             "self fake_logits t",
-            "all_reduce bin_num bincount bins clamp config copy_ detach distributed double dtype exp f_distill "
-            "f_div_weighting_function float floor len long max_t mean min_t ndim net noise_scheduler ratio_ema_rate "
-            "ratio_lower ratio_normalization ratio_upper shape sum to torch world_size -10.0 10.0 1e-06",
-            f_div_weighting_h,
+            replacement=f_div_weighting_h,
         ),
     ],
+    KNOWN[_PROJECT],
 )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..losses import score_identity_loss
+from ._known import KNOWN
 from ._patching import Patch, Patched, Target
 from ._results import guided
 from ._video import add_noise, matching_loss
@@ -126,47 +127,39 @@ def _draw_times(model: Any, image_or_video: Tensor, bounds: tuple[int, int]) -> 
     return model._get_timestep(*bounds, *image_or_video.shape[:2], model.num_frame_per_block, uniform_timestep=True)
 
 
+_PROJECT = "guandeh17/Self-Forcing"
 _GRADIENT = (
     "self noisy_image_or_video estimated_clean_image_or_video timestep conditional_dict unconditional_dict "
-    "normalization",
-    "abs detach fake_guidance_scale fake_score mean nan_to_num real_guidance_scale real_score torch 0.0",
+    "normalization"
 )
 _PARAMETERS = "self image_or_video conditional_dict unconditional_dict gradient_mask"
-_USES = (
-    "_get_timestep add_noise clamp detach double flatten max_step min_step no_grad num_frame_per_block "
-    "num_train_timestep randn_like scheduler shape timestep_shift torch unflatten "
-)
-_BOUNDS = "min_score_timestep ts_schedule ts_schedule_max "
-_MATCHING = "F _compute_kl_grad mse_loss 0.5 "
 _PATCH = Patch(
-    "guandeh17/Self-Forcing",
+    _PROJECT,
     [
-        Target("model.dmd", "DMD._compute_kl_grad", *_GRADIENT),
+        Target("model.dmd", "DMD._compute_kl_grad", _GRADIENT),
         Target(
             "model.dmd",
             "DMD.compute_distribution_matching_loss",
             f"{_PARAMETERS} denoised_timestep_from denoised_timestep_to",
-            _USES + _BOUNDS + _MATCHING,
-            dmd_loss,
+            replacement=dmd_loss,
             inner="_compute_kl_grad",
         ),
-        Target("model.causvid", "CausVid._compute_kl_grad", *_GRADIENT),
+        Target("model.causvid", "CausVid._compute_kl_grad", _GRADIENT),
         Target(
             "model.causvid",
             "CausVid.compute_distribution_matching_loss",
             _PARAMETERS,
-            _USES + _MATCHING,
-            causvid_loss,
+            replacement=causvid_loss,
             inner="_compute_kl_grad",
         ),
         Target(
             "model.sid",
             "SiD.compute_distribution_matching_loss",
             f"{_PARAMETERS} denoised_timestep_from denoised_timestep_to",
-            _USES + _BOUNDS + "abs fake_score mean nan_to_num real_guidance_scale real_score sid_alpha zeros_like",
-            sid_loss,
+            replacement=sid_loss,
         ),
     ],
+    KNOWN[_PROJECT],
 )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..losses import score_identity_loss
+from ._known import KNOWN
 from ._patching import Patch, Patched, Target
 
 __all__ = ["generator_loss", "patch", "summed_loss", "unpatch"]
@@ -116,18 +117,18 @@ def generator_loss(
     return _Elements((y, real, fake), alpha)
 
 
+_PROJECT = "mingyuanzhou/SiD"
 _PATCH = Patch(
-    "mingyuanzhou/SiD",
+    _PROJECT,
     [
         Target(
             "training.sid_loss",
             "SID_EDMLoss.generator_loss",
             "self true_score fake_score images labels augment_pipe alpha tmax",
-            "abs any clip device flatten float32 isnan mean no_grad rand randn_like shape to torch zeros "
-            "0.002 1e-05 7.0",
-            generator_loss,
+            replacement=generator_loss,
         )
     ],
+    KNOWN[_PROJECT],
 )
 
 
