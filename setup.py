@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-import tomllib
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -50,8 +49,10 @@ class BuildKernels(build_ext):
 def long_description() -> str:
     """The README for package indices, where relative links lead nowhere: pictures by their raw files, pages by the
     repository's."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    repository = project["urls"]["Repository"]
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^Repository = "(.+)"$', project, re.MULTILINE)  # Python 3.10 has no tomllib
+    assert found is not None, "pyproject.toml names no repository"
+    repository = found[1]
 
     def absolute(link: re.Match[str]) -> str:
         picture, text, path = link.groups()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import histogram as histograms
+from ._torch import is_zero
 from ._validation import (
     PLAIN_TYPES,
     broadcasts,
@@ -341,7 +342,7 @@ def output(out: Any, x: Tensor, *inputs: Tensor | None, call: WeightCall | None 
     if is_fake(out):
         return
     if not has_memory(out):
-        if torch._is_zerotensor(out) or (type(out) in PLAIN_TYPES and out.numel()):
+        if is_zero(out) or (type(out) in PLAIN_TYPES and out.numel()):
             raise ValueError("out has no memory of its own to write to")
         return  # nothing to write, or a wrapper, which knows where its memory is
     reach = 0
