@@ -18,12 +18,13 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 
 from compile_kernels import MODULES, build, remove_stale_emulator  # noqa: E402
+from version import version  # noqa: E402
 
 
 class BuildKernels(build_ext):
     def build_extensions(self) -> None:
         targets = [Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions]
-        build(targets, Path(self.build_temp).resolve())
+        build(targets, Path(self.build_temp).resolve(), self.distribution.get_version())
 
     def get_outputs(self) -> list[str]:
         outputs = [Path(output) for output in super().get_outputs()]
@@ -67,6 +68,7 @@ def long_description() -> str:
 
 
 setup(
+    version=version(),
     long_description=long_description(),
     long_description_content_type="text/markdown",
     ext_modules=[Extension(f"fdistill_ops.{name}", []) for name in MODULES],

@@ -209,11 +209,11 @@ class WeightCall(NamedTuple):
     params: WeightParams
     group: Any
 
-    @property
+    # Methods: the dynamo of PyTorch 2.4 traces no property of a named tuple.
+
     def bins(self) -> Tensor | None:
         return None if self.histogram is None else self.histogram.bins
 
-    @property
     def named(self) -> dict[str, Tensor | None]:
         """The arguments whose type the weights have."""
         return {"logits": self.logits, "t": self.t}
@@ -330,7 +330,7 @@ def output(out: Any, x: Tensor, *inputs: Tensor | None, call: WeightCall | None 
         raise ValueError("out requires grad: pass out.detach()")
     if torch.compiler.is_compiling():  # g is then computed first and copied
         return
-    others = () if call is None else (call.logits, call.t, call.bins)
+    others = () if call is None else (call.logits, call.t, call.bins())
     kinds = {type(value) for value in (x, *inputs, *others)} - PLAIN_TYPES - {type(None)}
     if type(out) not in PLAIN_TYPES and any(not isinstance(out, kind) for kind in kinds):
         names = ", ".join(sorted(kind.__name__ for kind in kinds))

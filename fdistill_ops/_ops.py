@@ -335,8 +335,8 @@ def f_distill(
     need_grad = x.requires_grad and torch.is_grad_enabled()
     _refuse_tangents(x)
     if _traced(x, teacher, fake, logits, t, bins, *tensors):
-        operands = {"x": x, "teacher": teacher, "fake": fake, "logits": logits, "t": t, "histogram": bins}
-        operands |= dict(zip(OPTIONAL_NAMES, tensors, strict=True))
+        head = {"x": x, "teacher": teacher, "fake": fake, "logits": logits, "t": t, "histogram": bins}
+        operands = {**head, **dict(zip(OPTIONAL_NAMES, tensors, strict=True))}
         numbers = (*weight_params, *params, need_grad)
         loss, _, _, stats, bins = _operator(torch.ops.fdistill.f_distill, operands, ("x",), *numbers)
         return loss, stats.detach(), bins.detach()
