@@ -1,4 +1,4 @@
-# A virtual environment, the package in it, and what can be run there. Python >= 3.11 is needed, and a C++ compiler for the
+# A virtual environment, the package in it, and what can be run there. Python >= 3.10 is needed, and a C++ compiler for the
 # fused kernels.
 
 PYTHON = python3
@@ -85,10 +85,10 @@ lint: $(VENV)/.lint
 	$(python) -m mypy
 
 $(VENV)/.environment:
-	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed: make PYTHON=...')"
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('Python 3.10 or newer is needed: make PYTHON=...')"
 	test -x $(python) || $(PYTHON) -m venv $(VENV)
 	$(python) -c "from importlib.metadata import version; \
-	  assert tuple(map(int, version('torch').split('.')[:2])) >= (2, 11)" 2>/dev/null || \
+	  assert tuple(map(int, version('torch').split('.')[:2])) >= (2, 4)" 2>/dev/null || \
 	  $(python) -m pip install $(TORCH)
 	@touch $@
 
@@ -103,8 +103,8 @@ $(VENV)/.installed-for-tests: $(VENV)/.environment setup.py pyproject.toml $(ker
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.lint: $(VENV)/.installed
-	$(python) -m pip install $$($(python) -c "import tomllib; \
-	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['lint'])")
+	$(python) -m pip install $$($(python) -c "from importlib.metadata import requires; \
+	  print(*(r.split(';')[0].replace(' ', '') for r in requires('fdistill_ops') if 'extra == \"lint\"' in r))")
 	@touch $@
 
 $(VENV)/.pins: $(VENV)/.environment

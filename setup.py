@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-import tomllib
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -19,12 +18,13 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 
 from compile_kernels import MODULES, build, remove_stale_emulator  # noqa: E402
+from version import version  # noqa: E402
 
 
 class BuildKernels(build_ext):
     def build_extensions(self) -> None:
         targets = [Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions]
-        build(targets, Path(self.build_temp).resolve())
+        build(targets, Path(self.build_temp).resolve(), self.distribution.get_version())
 
     def get_outputs(self) -> list[str]:
         outputs = [Path(output) for output in super().get_outputs()]
@@ -50,8 +50,10 @@ class BuildKernels(build_ext):
 def long_description() -> str:
     """The README for package indices, where relative links lead nowhere: pictures by their raw files, pages by the
     repository's."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    repository = project["urls"]["Repository"]
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^Repository = "(.+)"$', project, re.MULTILINE)  # Python 3.10 has no tomllib
+    assert found is not None, "pyproject.toml names no repository"
+    repository = found[1]
 
     def absolute(link: re.Match[str]) -> str:
         picture, text, path = link.groups()
@@ -66,6 +68,7 @@ def long_description() -> str:
 
 
 setup(
+    version=version(),
     long_description=long_description(),
     long_description_content_type="text/markdown",
     ext_modules=[Extension(f"fdistill_ops.{name}", []) for name in MODULES],

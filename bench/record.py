@@ -24,7 +24,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -207,7 +207,7 @@ def _checked(entry: Entry, *names: str) -> Entry:
 
 
 def new_record(device: str, command: Iterable[str]) -> Record:
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return Record(machine(device), versions(), command=list(command), started=started, commit=commit())
 
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from version import version
+
 CSRC = Path(__file__).resolve().parent
 # No fused multiply-adds the source does not write: every instruction set gives the same bits.
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DNDEBUG"]
@@ -202,14 +204,14 @@ def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def build(targets: list[Path], directory: Path) -> None:
+def build(targets: list[Path], directory: Path, version: str) -> None:
     """Builds MODULES as those files, and writes beside them what was built or why not, as _build.json."""
     target, *others = targets
-    record: dict[str, object] = {}
+    record: dict[str, object] = {"version": version}
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         compiler = find_compiler()
-        record = {"compiler": compiler_version(compiler), "isas": list(ISAS)}
+        record |= {"compiler": compiler_version(compiler), "isas": list(ISAS)}
         nvcc = None
         try:
             nvcc = find_nvcc()
@@ -221,7 +223,7 @@ def build(targets: list[Path], directory: Path) -> None:
         print(f"fdistill_ops: installing without compiled kernels: {reason}", file=sys.stderr)
         for path in targets:
             path.unlink(missing_ok=True)
-        record = {"skipped": str(reason)}
+        record = {"version": version, "skipped": str(reason)}
     (target.parent / "_build.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -236,7 +238,7 @@ def main() -> None:
     package = CSRC.parent / "fdistill_ops"
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     remove_stale_emulator(package)
-    build([package / f"{name}{suffix}" for name in MODULES], CSRC.parent / "build" / f"in-place{suffix}")
+    build([package / f"{name}{suffix}" for name in MODULES], CSRC.parent / "build" / f"in-place{suffix}", version())
 
 
 if __name__ == "__main__":

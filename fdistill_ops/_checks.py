@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import histogram as histograms
+from ._torch import is_zero
 from ._validation import (
     PLAIN_TYPES,
     broadcasts,
@@ -208,11 +209,11 @@ class WeightCall(NamedTuple):
     params: WeightParams
     group: Any
 
-    @property
+    # Methods: the dynamo of PyTorch 2.4 traces no property of a named tuple.
+
     def bins(self) -> Tensor | None:
         return None if self.histogram is None else self.histogram.bins
 
-    @property
     def named(self) -> dict[str, Tensor | None]:
         """The arguments whose type the weights have."""
         return {"logits": self.logits, "t": self.t}
@@ -329,7 +330,7 @@ def output(out: Any, x: Tensor, *inputs: Tensor | None, call: WeightCall | None 
         raise ValueError("out requires grad: pass out.detach()")
     if torch.compiler.is_compiling():  # g is then computed first and copied
         return
-    others = () if call is None else (call.logits, call.t, call.bins)
+    others = () if call is None else (call.logits, call.t, call.bins())
     kinds = {type(value) for value in (x, *inputs, *others)} - PLAIN_TYPES - {type(None)}
     if type(out) not in PLAIN_TYPES and any(not isinstance(out, kind) for kind in kinds):
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
@@ -341,7 +342,7 @@ def output(out: Any, x: Tensor, *inputs: Tensor | None, call: WeightCall | None 
     if is_fake(out):
         return
     if not has_memory(out):
-        if torch._is_zerotensor(out) or (type(out) in PLAIN_TYPES and out.numel()):
+        if is_zero(out) or (type(out) in PLAIN_TYPES and out.numel()):
             raise ValueError("out has no memory of its own to write to")
         return  # nothing to write, or a wrapper, which knows where its memory is
     reach = 0

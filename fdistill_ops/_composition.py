@@ -28,8 +28,8 @@ def weights(operations: Any, call: WeightCall) -> tuple[Tensor, Tensor | None, T
     """The f-weights [B], the new histogram (None or empty without one) and [ratio mean, clipped low, clipped high]."""
     if needs_stages(call):
         reduce = _distributed.all_reduce(call.group)
-        return staged_f_weights(call.logits, call.t, call.bins, call.divergence, call.params, reduce)
-    return operations.weights(call.logits, call.t, call.bins, call.params)
+        return staged_f_weights(call.logits, call.t, call.bins(), call.divergence, call.params, reduce)
+    return operations.weights(call.logits, call.t, call.bins(), call.params)
 
 
 def needs_stages(call: WeightCall) -> bool:
@@ -49,10 +49,11 @@ def f_distill(
     """The f-distill loss and the statistics; updates the histogram. One operation where nothing is asked for that lies
     between the weights and the loss."""
     if tensors[0] is None and max_norm is None and params.reduction != _NONE and not needs_stages(call):
-        loss, stats, bins = operations.f_distill(*inputs, call.logits, call.t, call.bins, tensors, call.params, params)
+        sources = call.logits, call.t, call.bins()
+        loss, stats, bins = operations.f_distill(*inputs, *sources, tensors, call.params, params)
     else:
         (_, bins, ratio_stats), used = _weighted(operations, call, tensors)
-        loss, stats = call_named(lambda *_: matching(operations, inputs, used, params, max_norm), call.named)
+        loss, stats = call_named(lambda *_: matching(operations, inputs, used, params, max_norm), call.named())
         if params.need_stats:
             stats[RATIO_FIELDS] = ratio_stats.to(stats.dtype)
     call.record(bins)
@@ -70,7 +71,7 @@ def f_difference(
 ) -> tuple[Tensor, Tensor]:
     """g with the f-weights, and those [B]; updates the histogram."""
     (f_weights, bins, _), used = _weighted(operations, call, tensors)
-    g = call_named(lambda *_: difference(operations, inputs, used, params, max_norm, out), call.named)
+    g = call_named(lambda *_: difference(operations, inputs, used, params, max_norm, out), call.named())
     call.record(bins)
     return g, f_weights
 

@@ -20,7 +20,7 @@ def module() -> Any:
         try:
             _module = importlib.import_module("fdistill_ops._C")
         except ImportError as error:
-            _reason = _build_record().get("skipped") or f"the compiled module does not load: {error}"
+            _reason = build_record().get("skipped") or f"the compiled module does not load: {error}"
     return _module
 
 
@@ -38,12 +38,12 @@ def cuda_reason() -> str | None:
         return reason()
     if hasattr(module(), "cuda"):
         return None
-    return _build_record().get("cuda_skipped") or "the compiled module was built without CUDA"
+    return build_record().get("cuda_skipped") or "the compiled module was built without CUDA"
 
 
 def cuda_archs() -> list[str]:
     """Compute capabilities that the CUDA kernels were compiled for, such as "90"."""
-    return _build_record()["cuda"]["archs"]
+    return build_record()["cuda"]["archs"]
 
 
 def reason() -> str | None:
@@ -52,7 +52,7 @@ def reason() -> str | None:
     return _reason
 
 
-def _build_record() -> dict[str, Any]:
+def build_record() -> dict[str, Any]:
     """What the build wrote down: compiler, flags, and what was skipped and why."""
     path = Path(__file__).with_name("_build.json")
     try:
@@ -75,7 +75,7 @@ def build_info() -> dict[str, Any]:
 
     native = module()
     info: dict[str, Any] = {"version": __version__, "compiled": native is not None, "reason": _reason}
-    info |= {key: value for key, value in _build_record().items() if key != "skipped"}
+    info |= {key: value for key, value in build_record().items() if key != "skipped"}
     if native is not None:
         info |= {"isa": native.isa(), "threading": native.threading()}
     return info | {"backends": available_backends(), "unavailable": unavailable_backends()}

@@ -19,16 +19,18 @@ from torch.autograd import forward_ad
 from . import _reference, backends
 from ._autograd import refuse_double_backward
 from ._checks import OPTIONAL_NAMES, OptionalTensors, compute_dtype, named
+from ._torch import DERIVATIVES as _DERIVATIVES
+from ._torch import DUAL_LEVEL as _DUAL_LEVEL
+from ._torch import dispatch_modes as _dispatch_modes
+from ._torch import functorch_level as _functorch_level
+from ._torch import keep_graph as _keep_graph
+from ._torch import register_autograd, register_fake, unwrapped_apply
 from ._validation import PLAIN_TYPES, call_named, refuse_functional
 from .params import REDUCTIONS, LossParams, WeightParams, schema
 from .stats import FIELDS
 
 _SAMPLE, _NONE = REDUCTIONS["sample"], REDUCTIONS["none"]
 _PLAIN_OR_NONE = PLAIN_TYPES | {type(None)}
-_keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
 
 
 def _chosen(x: Tensor) -> str:
@@ -66,7 +68,9 @@ def _operator(operator: Any, operands: Mapping[str, Tensor | None], differentiab
 
 def _refuse_tangents(*inputs: Tensor) -> None:
     """Forward-mode differentiation would otherwise take the loss for a constant."""
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs):
+    if getattr(forward_ad, _DUAL_LEVEL) >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs
+    ):
         raise RuntimeError("fdistill_ops: forward-mode derivatives are not supported; use backward()")
 
 
@@ -104,8 +108,8 @@ class _Attach(torch.autograd.Function):
         return (None, None, None, None, *gradients)
 
 
-# Function.apply without its search for functorch's wrappers, which _traced has sent elsewhere.
-_attach = super(torch.autograd.Function, _Attach).apply
+# Functorch's wrappers were sent elsewhere by _traced.
+_attach = unwrapped_apply(_Attach)
 
 
 def _scaled(gradient: Tensor, scale: Tensor, upstream: Tensor) -> Tensor:
@@ -135,7 +139,7 @@ def _serving(x: Tensor) -> Any:
 def _define(name: str, arguments: str, returns: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _lib.define(f"{name}({arguments}) -> ({returns})", tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fdistill::{name}", fake, lib=_lib)
+    register_fake(f"fdistill::{name}", fake, lib=_lib)
 
 
 def _register_autograd(name: str, n_inputs: int, gradients: slice, inputs: Sequence[int]) -> None:
@@ -160,7 +164,7 @@ def _register_autograd(name: str, n_inputs: int, gradients: slice, inputs: Seque
             result[index] = gradient
         return tuple(result)
 
-    torch.library.register_autograd(f"fdistill::{name}", backward, setup_context=setup_context, lib=_lib)
+    register_autograd(f"fdistill::{name}", backward, setup_context=setup_context, lib=_lib)
 
 
 def _present(outputs: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
@@ -331,8 +335,8 @@ def f_distill(
     need_grad = x.requires_grad and torch.is_grad_enabled()
     _refuse_tangents(x)
     if _traced(x, teacher, fake, logits, t, bins, *tensors):
-        operands = {"x": x, "teacher": teacher, "fake": fake, "logits": logits, "t": t, "histogram": bins}
-        operands |= dict(zip(OPTIONAL_NAMES, tensors, strict=True))
+        head = {"x": x, "teacher": teacher, "fake": fake, "logits": logits, "t": t, "histogram": bins}
+        operands = {**head, **dict(zip(OPTIONAL_NAMES, tensors, strict=True))}
         numbers = (*weight_params, *params, need_grad)
         loss, _, _, stats, bins = _operator(torch.ops.fdistill.f_distill, operands, ("x",), *numbers)
         return loss, stats.detach(), bins.detach()

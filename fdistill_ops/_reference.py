@@ -19,6 +19,7 @@ from torch.nn.functional import softplus
 from . import _checks
 from ._autograd import refuse_double_backward
 from ._distributed import Reduce, all_reduce
+from ._torch import is_zero
 from ._validation import call_named, floating, refuse_functional, same_device
 from .divergences import Divergence, divergence_of
 from .params import NORMALIZERS, PREDICTIONS, REDUCTIONS, LossParams, WeightParams
@@ -94,7 +95,7 @@ def _in_memory(named: Mapping[str, Tensor | None]) -> list[Any]:
     """The operands as PyTorch computes with them. Its zeros without memory, which automatic differentiation makes, make
     0 of a product with infinity."""
     refuse_functional(named)
-    return [v.clone() if v is not None and torch._is_zerotensor(v) else v for v in named.values()]
+    return [v.clone() if v is not None and is_zero(v) else v for v in named.values()]
 
 
 def bounded_exp(log_r: Tensor) -> Tensor:

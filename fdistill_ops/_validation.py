@@ -1,5 +1,5 @@
 """Primitives of the argument checks: each takes a value and the name of the argument it came as, and raises an error
-that names it. Nothing of the library is imported here."""
+that names it. Of the library nothing but PyTorch's names is imported here."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ._torch import TAKES_REAL_ONES, functorch_level, is_functional, is_lazy
+
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _REALS = FLOATS | {
-    dtype
-    for name in ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
-    if (dtype := getattr(torch, name, None)) is not None
+    getattr(torch, name) for name in ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 }
 _NUMBERS = (numbers.Real, torch.SymInt, torch.SymFloat)
 _BOOLS = (bool, torch.SymBool)
@@ -99,7 +99,7 @@ def dense(value: Any, name: str) -> Tensor:
     if type(value) not in PLAIN_TYPES:
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if torch.nn.parameter.is_lazy(value):
+        if is_lazy(value):
             raise TypeError(f"{name} is a {type(value).__name__}, which has no values yet")
         for kind, instead in (("DTensor", "to_local"), ("MaskedTensor", "get_data")):
             if _is_a(kind, value):
@@ -190,10 +190,10 @@ def without_memory(name: str) -> TypeError:
 def refuse_functional(named: Mapping[str, Tensor | None]) -> None:
     """Functional tensors outside the transform that makes them do not mix with others, and PyTorch does not say which
     they are."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or functorch_level() is not None:
         return
     for name, value in named.items():
-        if value is not None and type(value) in PLAIN_TYPES and torch._is_functional_tensor(value):
+        if value is not None and type(value) in PLAIN_TYPES and is_functional(value):
             raise without_memory(name)
 
 
@@ -202,7 +202,7 @@ def is_fake(value: Tensor) -> bool:
 
 
 def _takes_real_ones(fake: Any) -> bool:
-    return torch.compiler.is_compiling() or fake.fake_mode.allow_non_fake_inputs
+    return torch.compiler.is_compiling() or getattr(fake.fake_mode, TAKES_REAL_ONES)
 
 
 def _is_a(kind: str, value: Any) -> bool:

@@ -104,7 +104,7 @@ class FDistillLoss(torch.nn.Module):
             fake,
             logits,
             t,
-            **({"divergence": self.divergence, "histogram": self.histogram} | self.settings | arguments),
+            **{"divergence": self.divergence, "histogram": self.histogram, **self.settings, **arguments},
             group=self._group(),
         )
 

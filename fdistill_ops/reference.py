@@ -90,8 +90,8 @@ def f_distill_loss(
 ) -> Any:
     """See :func:`fdistill_ops.f_distill_loss`."""
     call = _checks.f_weights(logits, t, divergence, logit_clip, ratio_clip, histogram, normalize, eps, nonfinite, group)
-    loss_arguments |= {"eps": eps, "nonfinite": nonfinite, "return_stats": return_stats}
-    tensors, params = _checks.distribution_matching(x, teacher, fake, **loss_arguments)
+    shared = {"eps": eps, "nonfinite": nonfinite, "return_stats": return_stats}
+    tensors, params = _checks.distribution_matching(x, teacher, fake, **{**loss_arguments, **shared})
     _checks.same_batch(call.logits, x)
     limit, inputs = _checks.max_norm(max_norm), (x, teacher, fake)
     loss, stats = _composition.f_distill(_reference, inputs, call, tensors, params, limit)
@@ -136,8 +136,8 @@ def f_score_difference(
 ) -> ScoreDifference:
     """See :func:`fdistill_ops.f_score_difference`."""
     call = _checks.f_weights(logits, t, divergence, logit_clip, ratio_clip, histogram, normalize, eps, nonfinite, group)
-    loss_arguments |= {"eps": eps, "nonfinite": nonfinite, "reduction": "sum"}
-    tensors, params = _checks.distribution_matching(x, teacher, fake, **loss_arguments)
+    shared = {"eps": eps, "nonfinite": nonfinite, "reduction": "sum"}
+    tensors, params = _checks.distribution_matching(x, teacher, fake, **{**loss_arguments, **shared})
     _checks.same_batch(call.logits, x)
     limit, inputs = _checks.max_norm(max_norm), (x, teacher, fake)
     if out is not None:

@@ -5,11 +5,18 @@ Kernels use few global constants: Triton compares every one with its value at co
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
-from triton import knobs
 
-INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+try:
+    from triton import knobs
+
+    _interprets = knobs.runtime.interpret
+except ImportError:  # before 3.4
+    _interprets = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = tl.constexpr(_interprets)
 
 
 @triton.jit

@@ -14,6 +14,14 @@ import torch
 from torch import Tensor
 
 GPU = torch.cuda.is_available()
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def since(version: tuple[int, int], reason: str) -> pytest.MarkDecorator:
+    """Skips a test under an older PyTorch, for a reason that docs/versions.md has too."""
+    return pytest.mark.skipif(version > TORCH, reason=f"PyTorch before {version[0]}.{version[1]}: {reason}")
+
+
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 

@@ -7,11 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from project import pyproject
 
 pytestmark = [pytest.mark.slow, pytest.mark.no_poison]
 
@@ -90,7 +90,7 @@ def compiled_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_package_is_listed() -> None:
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    setuptools = pyproject()["tool"]["setuptools"]
     folders = {Path(path).parent.as_posix().replace("/", ".") for path in modules()}
     assert folders <= set(setuptools["packages"])
 

@@ -6,12 +6,12 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from project import pyproject
 
 import fdistill_ops as fd
 
@@ -182,7 +182,7 @@ def test_make_targets_exist() -> None:
 
 
 def test_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    scripts = pyproject()["project"]["scripts"]
     for command in re.findall(r"`(fdistill-\w+)`", README):
         assert command in scripts
     pytest.importorskip("matplotlib")
@@ -244,7 +244,7 @@ def test_layout_names_what_exists() -> None:
 def test_nothing_is_bound_to_one_machine() -> None:
     """No addresses of servers, no options that name one, no home folders."""
     texts = [ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / ".ci" / "run", *PAGES]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = pyproject()["project"]
     for path in texts:
         text = path.read_text(encoding="utf-8")
         for url in project["urls"].values():  # the project's own

@@ -8,10 +8,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tomllib
 from pathlib import Path
 
 import pytest
+from project import pyproject
 
 pytestmark = [pytest.mark.slow, pytest.mark.no_poison]
 
@@ -60,7 +60,7 @@ def test_its_tests_are_collected(unpacked: Path) -> None:
 def test_metadata(unpacked: Path) -> None:
     fields = email.message_from_string((unpacked / "PKG-INFO").read_text(encoding="utf-8"))
     assert fields["Author"]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = pyproject()["project"]
     repository = project["urls"]["Repository"]
     assert f"Repository, {repository}" in fields.get_all("Project-URL", [])
     assert "Typing :: Typed" in fields.get_all("Classifier", [])

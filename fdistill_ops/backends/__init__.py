@@ -13,8 +13,10 @@ import contextlib
 import contextvars
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +29,7 @@ from .._validation import unknown
 NAMES = ("reference", "cpu", "cuda", "triton")
 _EMULATED = "cuda-emulated"  # tests alone: set_backend knows it where it was built
 _DEFAULT = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the first that can
+_OLDEST_TRITON = (3, 3)  # kernels take tuples
 _environment = os.environ.get("FDISTILL_BACKEND") or None
 _UNSET: Any = object()
 _of_process: str | None = None
@@ -62,9 +65,26 @@ def _why_not_triton() -> str | None:
     reason = None
     if importlib.util.find_spec("triton") is None:
         reason = "triton is not installed (pip install triton)"
+    elif (version := _triton_version()) is not None and _numbers(version) < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        reason = f"its kernels need Triton {oldest} or newer (PyTorch 2.7 brings it), and Triton {version} is installed"
     elif not _triton_interprets() and not torch.cuda.is_available():
         reason = "PyTorch finds no GPU (TRITON_INTERPRET=1 does without, slowly)"
     return None if reason is None else f"the back end 'triton' is not available: {reason}"
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    """Of the installed distribution, without importing it; None where it goes by a name that is not known here."""
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Of "3.3.1+git": (3, 3)."""
+    return tuple(int(digits) for digits in re.findall(r"\d+", version)[:2])
 
 
 def _triton_interprets() -> bool:

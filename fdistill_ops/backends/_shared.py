@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
+from .._torch import increment_version, is_batched, is_legacy_batched, is_zero
 from .._validation import PLAIN_TYPES, has_memory, without_memory
-
-_is_batched = torch._C._functorch.is_batchedtensor
-_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def plain(tensor: Tensor, name: str) -> Tensor:
@@ -21,7 +18,7 @@ def plain(tensor: Tensor, name: str) -> Tensor:
     """
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
-    if not has_memory(tensor) and (tensor.numel() > 0 or torch._is_zerotensor(tensor)):
+    if not has_memory(tensor) and (tensor.numel() > 0 or is_zero(tensor)):
         tensor = tensor.clone()
         if not has_memory(tensor) and tensor.numel() > 0:
             raise without_memory(name)
@@ -72,7 +69,7 @@ def in_dtype_of(bins: Tensor | None, new_bins: Tensor | None) -> Tensor | None:
 def opaque(factor: Tensor) -> bool:
     """Whether an incoming gradient stands for something that PyTorch's own operations alone know: several at once
     (vmap), or a tensor of another type."""
-    return _is_batched(factor) or _is_legacy_batched(factor) or type(factor) not in PLAIN_TYPES
+    return is_batched(factor) or is_legacy_batched(factor) or type(factor) not in PLAIN_TYPES
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:

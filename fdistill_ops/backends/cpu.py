@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .._torch import from_dlpack
 from ._compiled import DTYPES, MAX_DIMS, Compiled
 from ._shared import is_dense, mark_changed, opaque, plain, rows_are_dense, scaled
 
@@ -16,7 +17,6 @@ name = "cpu"
 _C = _native.module()
 _POOLED_BYTES = 1 << 20
 _HALF = (torch.bfloat16, torch.float16)
-_from_dlpack = torch._C._from_dlpack
 
 
 class Cpu(Compiled):
@@ -26,7 +26,7 @@ class Cpu(Compiled):
         bytes_ = x.numel() * x.itemsize
         if bytes_ < _POOLED_BYTES or x.ndim > MAX_DIMS or not (x.is_contiguous() or is_dense(x)):
             return torch.empty_like(x)
-        return _from_dlpack(_C.pooled_empty(tuple(x.shape), x.stride(), DTYPES[x.dtype], bytes_))
+        return from_dlpack(_C.pooled_empty(tuple(x.shape), x.stride(), DTYPES[x.dtype], bytes_))
 
     def run_loss(self, device: torch.device, *arguments: Any) -> None:
         _C.loss(*arguments, torch.get_num_threads())

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
 from .. import _native
+from .._torch import capturing, raw_stream
 from ._cuda import Cuda
 
 name = "cuda"
 
-_cuda = Cuda(
-    _native.module().cuda,
-    torch._C._cuda_getCurrentRawStream,
-    torch._C._cuda_isCurrentStreamCapturing,
-)
+assert raw_stream is not None and capturing is not None  # PyTorch finds a GPU
+_cuda = Cuda(_native.module().cuda, raw_stream, capturing)
 f_weights = _cuda.f_weights
 distribution_matching = _cuda.distribution_matching
 difference = _cuda.difference

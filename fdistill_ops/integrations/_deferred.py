@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from .._torch import make_wrapper_subclass, tree_map_only
 
 # What a Deferred answers by itself.
 _METADATA = {
@@ -35,7 +36,7 @@ class Deferred(Tensor):
 
     @staticmethod
     def __new__(cls, compute: Callable[[], Tensor], shape: Any, dtype: torch.dtype, device: torch.device) -> Deferred:
-        return Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
+        return make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
 
     def __init__(self, compute: Callable[[], Tensor], shape: Any, dtype: torch.dtype, device: torch.device) -> None:
         self._compute, self._value = compute, None

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from .._torch import make_subclass, tree_map_only
 from ..losses import score_identity_loss
 from ._known import KNOWN
 from ._patching import Patch, Patched, Target
@@ -61,7 +61,7 @@ class _Elements(Tensor):
 
     @staticmethod
     def __new__(cls, inputs: tuple[Tensor, Tensor, Tensor], alpha: float) -> _Elements:
-        self = Tensor._make_subclass(cls, torch.empty(0))
+        self = make_subclass(cls, torch.empty(0))
         self.inputs, self.alpha = inputs, alpha
         return self
 

@@ -219,8 +219,8 @@ def call(backend: str, seed: int, index: int) -> None:
         with poison():
             chosen(draw)
     except Exception as error:
-        error.add_note(f"in call {index} of seed {seed} ({chosen.__name__}, back end {backend})")
-        raise
+        where = f"in call {index} of seed {seed} ({chosen.__name__}, back end {backend})"
+        raise RuntimeError(f"{type(error).__name__} {where}: {error}") from error
 
 
 def run(backend: str, seed: int, indices: range, workers: int) -> None:
