@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -10,6 +14,24 @@ from .._validation import PLAIN_TYPES, has_memory, without_memory
 
 _is_batched = torch._C._functorch.is_batchedtensor
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+
+T = TypeVar("T")
+
+
+def lasting(allocate: Callable[[], T], device: torch.device) -> T:
+    """What allocate() makes on the current stream of the device, to be kept from call to call. A thread of its own
+    allocates it: what this one allocates may go to a pool that torch.compile's CUDA graphs, say, check for tensors that
+    stay."""
+    if device.type == "cpu":
+        return allocate()
+    stream = torch.cuda.current_stream(device)
+
+    def on_stream() -> T:
+        with torch.cuda.stream(stream):
+            return allocate()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(on_stream).result()
 
 
 def plain(tensor: Tensor, name: str) -> Tensor:

@@ -13,6 +13,8 @@ _cuda = Cuda(
     _native.module().cuda,
     torch._C._cuda_getCurrentRawStream,
     torch._C._cuda_isCurrentStreamCapturing,
+    torch._C._cuda_exchangeDevice,
+    torch._C._cuda_maybeExchangeDevice,  # not where it would make a context on a device that has none
 )
 f_weights = _cuda.f_weights
 distribution_matching = _cuda.distribution_matching
