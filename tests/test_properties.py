@@ -11,11 +11,14 @@ import oracle
 import pytest
 import torch
 from conftest import Backend, as_tensor, check_gradient, check_loss, check_matching, expected_matching, to_numpy, unit
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from test_weights import check as check_weights
 
 import fdistill_ops as fd
 from fdistill_ops import testing
+
+pytest.importorskip("hypothesis")
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 DIVERGENCES = ("rkl", "kl", "js", "sf", "sh", "jf", "neyman", "pearson")
 
@@ -199,6 +202,31 @@ def test_reductions_agree(backend: Backend, data: st.DataObject) -> None:
     tolerance = oracle.growth(arguments["x"].numel()) * oracle.U32 * 4
     assert float(losses["mean"]) * max(int(counts.sum()), 1) == pytest.approx(total, rel=tolerance, abs=1e-30)
     assert float((losses["sample"] * counts).sum()) == pytest.approx(total, rel=tolerance, abs=1e-30)
+
+
+@given(
+    bins=st.sampled_from([1, 16, 17, 32, 33, 255, 256, 257, 512, 513, 1000, 1024, 1025, 3000]) | st.integers(1, 1100),
+    batch=st.sampled_from([1, 31, 32, 33, 300]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    ema_rate=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 9),
+)
+def test_histograms_of_any_size(
+    backend: Backend, bins: int, batch: int, dtype: torch.dtype, ema_rate: float, seed: int
+) -> None:
+    """Samples in the first, the last and any other bin; one without a weight, and one without a time."""
+    stored = backend.randn(bins, seed=seed).exp()
+    histogram = fd.RatioHistogram(0.0, 1.0, stored.clone(), ema_rate=ema_rate)
+    t = backend.randn(batch, dtype=torch.float64, seed=seed + 10) * 0.5 + 0.5
+    logits = backend.randn(batch, 2, dtype=dtype, seed=seed + 20) * 3
+    if batch > 30:
+        logits[7, 1], t[12] = math.inf, math.nan
+    check_weights(logits, t, histogram, divergence=DIVERGENCES[1 + seed % 7])
+    again = fd.RatioHistogram(0.0, 1.0, stored.clone(), ema_rate=ema_rate)
+    weights = fd.f_weights(logits, t, histogram=again)
+    assert torch.equal(again.bins, histogram.bins)
+    again.bins.copy_(stored)
+    assert torch.equal(fd.f_weights(logits, t, histogram=again).nan_to_num(), weights.nan_to_num())
 
 
 # --------------------------------------------------------------------------------------------------- fd.testing itself
