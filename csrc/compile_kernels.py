@@ -5,7 +5,8 @@ neither setuptools nor pip is to be had; pybind11's headers are then taken from 
 every file is compiled anew.
 
 Environment: CXX (default: c++, g++ or clang++), CXXFLAGS (appended); FDISTILL_CUDA (auto, 0 or 1: 1 fails without
-nvcc), FDISTILL_CUDA_ARCHS ("80 90 100": the compute capabilities to compile for, the last one also as PTX), CUDA_HOME;
+nvcc), FDISTILL_CUDA_ARCHS ("80 90 100": the compute capabilities to compile for, the last one also as PTX), CUDA_HOME
+(without it nvcc is looked for on the PATH and in /usr/local/cuda);
 FDISTILL_EMULATOR=1 adds fdistill_ops._C_emulated, the CUDA kernels on the CPU, for the tests.
 """
 
@@ -40,6 +41,7 @@ CUDA_KERNELS = ["strided_f64", "strided_f32", "mixed", "f32", "bf16", "f16", "f6
 CUDA_SOURCES = [*(f"cuda/loss_{name}.cu" for name in CUDA_KERNELS), "cuda/weights.cu", "cuda/loss.cpp"]
 CUDA_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = "80 90 100"
+CUDA_HOME = "/usr/local/cuda"  # where it usually is, on the PATH or not
 EMULATOR_SOURCES = [*CUDA_SOURCES, *(f"emulator/{name}.cpp" for name in ("emulator", "fiber", "faults", "bindings"))]
 EMULATOR_FLAGS = ["-DFDISTILL_EMULATOR", "-O2", "-Wno-unknown-pragmas", "-x", "c++"]
 EMULATE = os.environ.get("FDISTILL_EMULATOR") == "1"
@@ -72,9 +74,10 @@ def find_nvcc() -> list[str]:
     if wanted == "0":
         raise NoCuda("FDISTILL_CUDA=0 when the package was built")
     home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+    nvcc = None if home else shutil.which("nvcc")
+    nvcc = nvcc or shutil.which("nvcc", path=str(Path(home or CUDA_HOME, "bin")))
     if nvcc is None or sys.platform != "linux":
-        give_up("nvcc was not found (CUDA_HOME or PATH) when the package was built")
+        give_up(f"nvcc was not found (CUDA_HOME, PATH or {CUDA_HOME}) when the package was built")
     archs = cuda_archs(nvcc)
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [nvcc, *targets, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]

@@ -136,6 +136,15 @@ def _serving(x: Tensor) -> Any:
     return backends.kernels(backends.choose(x.device))
 
 
+def _on_one_device(operands: Mapping[str, Tensor | None]) -> None:
+    """Refuses an operand whose memory a kernel cannot read: whoever calls an operator by itself has not been through
+    the checks of the public functions."""
+    (its_name, first), *others = operands.items()
+    for name, tensor in others:
+        if tensor is not None and first is not None and tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}, but {its_name} is on {first.device}")
+
+
 def _define(name: str, arguments: str, returns: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _lib.define(f"{name}({arguments}) -> ({returns})", tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, kernel, "CompositeExplicitAutograd")
@@ -189,6 +198,7 @@ def _fake_loss(
 
 
 def _f_weights(logits: Tensor, t: Tensor | None, bins: Tensor | None, *numbers: Any) -> Any:
+    _on_one_device({"logits": logits, "t": t, "histogram": bins})
     return _present(_serving(logits).f_weights(logits, t, bins, WeightParams(*numbers)), logits)
 
 
@@ -228,6 +238,7 @@ def weights(
 
 def _distribution_matching(x: Tensor, teacher: Tensor, fake: Tensor, *rest: Any) -> Any:
     tensors, params, need_grad = rest[:_N_TENSORS], LossParams(*rest[_N_TENSORS:-1]), rest[-1]
+    _on_one_device(named(x, teacher, fake, tensors))
     return _present(_serving(x).distribution_matching(x, teacher, fake, tensors, params, need_grad), x)
 
 
@@ -295,6 +306,7 @@ def _f_distill(
 ) -> Any:
     tensors, numbers, need_grad = rest[:_N_TENSORS], rest[_N_TENSORS:-1], rest[-1]
     weight_params, params = WeightParams(*numbers[:_N_WEIGHT]), LossParams(*numbers[_N_WEIGHT:])
+    _on_one_device(named(x, teacher, fake, tensors) | {"logits": logits, "t": t, "histogram": bins})
     outputs = _serving(x).f_distill(x, teacher, fake, logits, t, bins, tensors, weight_params, params, need_grad)
     return _present(outputs, x)
 
@@ -354,6 +366,8 @@ def _score_identity(
     x: Tensor, teacher: Tensor, fake: Tensor, weight: Any, mask: Any, normalizer: Any, *rest: Any
 ) -> Any:
     params, need_grads = LossParams(*rest[:_N_LOSS]), rest[_N_LOSS:]
+    inputs = {"x": x, "teacher": teacher, "fake": fake}
+    _on_one_device(inputs | {"weight": weight, "mask": mask, "normalizer": normalizer})
     return _present(_serving(x).score_identity(x, teacher, fake, weight, mask, normalizer, params, need_grads), x)
 
 

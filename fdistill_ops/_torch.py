@@ -77,12 +77,16 @@ is_lazy: Callable[[Any], bool] = _needed("nn.parameter.is_lazy")
 TAKES_REAL_ONES = "allow_non_fake_inputs"
 """The attribute of a FakeTensorMode. In 2.4."""
 
-# Memory and streams. All of them are in 2.4; the last two are in builds with CUDA or ROCm alone.
+# Memory and streams. All of them are in 2.4; the last four are in builds with CUDA or ROCm alone.
 from_dlpack: Callable[[Any], Tensor] = _needed("_C._from_dlpack")
 """torch.from_dlpack without its search for the device of what it is given, which is a capsule here."""
 increment_version: Callable[[Tensor], None] = _needed("increment_version", graph, "torch.autograd.graph")
 raw_stream: Callable[[int], int] | None = _at(torch._C, "_cuda_getCurrentRawStream")
 capturing: Callable[[], bool] | None = _at(torch._C, "_cuda_isCurrentStreamCapturing")
+exchange_device: Callable[[int], int] | None = _at(torch._C, "_cuda_exchangeDevice")
+"""Makes a device the current one and returns the one before."""
+restore_device: Callable[[int], int] | None = _at(torch._C, "_cuda_maybeExchangeDevice")
+"""Makes that one the current one again, unless it has no context yet: a context takes memory."""
 
 # Tensors of types of our own, in the integrations. All of them are in 2.4.
 make_wrapper_subclass: Callable[..., Any] = _needed("Tensor._make_wrapper_subclass")

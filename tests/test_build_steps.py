@@ -59,6 +59,25 @@ def test_what_is_asked_for_is_checked(compile_kernels: ModuleType, monkeypatch: 
         compile_kernels.find_nvcc()
 
 
+def test_nvcc_is_found_where_it_usually_is(
+    compile_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Off the PATH too; but CUDA_HOME, where it is given, is the only place."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("FDISTILL_CUDA", "1")
+    monkeypatch.setenv("FDISTILL_CUDA_ARCHS", "90")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(compile_kernels, "CUDA_HOME", str(tmp_path))
+    assert compile_kernels.find_nvcc()[0] == str(nvcc)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "elsewhere"))
+    with pytest.raises(SystemExit, match="nvcc was not found"):
+        compile_kernels.find_nvcc()
+
+
 def test_architectures(compile_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Those asked for as they are; of the default ones those that nvcc knows."""
     nvcc = tmp_path / "nvcc"

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fdistill_ops as fd
+from fdistill_ops import _ops
 from fdistill_ops.params import LossParams, WeightParams
 from fdistill_ops.testing import assert_close, lay_out
 
@@ -100,7 +101,7 @@ def test_opcheck_f_distill(backend: Backend, operators: Any, case: str, histogra
     dtype, needed, layout, changes, names = LOSS_CASES[case]
     x, teacher, fake = (lay_out(backend.randn(3, 4, 5, 6, dtype=dtype, seed=s), layout) for s in range(3))
     x.requires_grad_(needed)
-    t, bins = (backend.randn(3, seed=11).sigmoid(), torch.ones(4)) if histogram else (None, None)
+    t, bins = (backend.randn(3, seed=11).sigmoid(), torch.ones(4, device=backend.device)) if histogram else (None, None)
     tensors = optional(backend, (3, 4, 5, 6), tuple(name for name in names if name != "weight"))
     numbers = (*WeightParams(), *LossParams(**changes), needed)
     torch.library.opcheck(
@@ -113,7 +114,9 @@ def test_opcheck_f_distill(backend: Backend, operators: Any, case: str, histogra
 def test_opcheck_f_weights(backend: Backend, operators: Any, dtype: torch.dtype, histogram: bool) -> None:
     for shape in ((5,), (5, 3)):
         logits = backend.randn(*shape, dtype=dtype)
-        t, bins = (backend.randn(shape[0]).sigmoid(), torch.ones(4)) if histogram else (None, None)
+        t, bins = (
+            (backend.randn(shape[0]).sigmoid(), torch.ones(4, device=backend.device)) if histogram else (None, None)
+        )
         torch.library.opcheck(operators.f_weights.default, (logits, t, bins, *WeightParams(kind=1)))
 
 
@@ -133,6 +136,41 @@ def test_opcheck_score_identity(
             torch.library.opcheck(
                 operators.score_identity.default, arguments, test_utils=ALL[:3] if need_stats else ALL
             )
+
+
+def test_the_operators_refuse_tensors_of_other_devices(backend: Backend, operators: Any) -> None:
+    """Before any kernel, by the name of the argument: whoever calls them has not been through the public functions."""
+    shape = (3, 4, 5, 6)
+    x, teacher, fake = (backend.randn(*shape, seed=s) for s in range(3))
+    tensors = dict(zip(ORDER, optional(backend, shape, ORDER), strict=True))
+    arguments = {"teacher": teacher, "fake": fake} | tensors
+    params = LossParams(prediction=1, normalizer=2)
+
+    def refused(name: str, operator: Any, *values: Any) -> None:
+        with pytest.raises(ValueError, match=rf"{name} is on meta, but (x|logits) is on {backend.device}"):
+            operator(*values)
+
+    logits = backend.randn(3)
+    weighing = {"logits": logits, "t": logits.sigmoid(), "histogram": torch.ones(4, device=backend.device)}
+    names = {"guidance": "guidance_scale"}
+    for name, value in arguments.items():
+        changed = (arguments | {name: value.to("meta")}).values()
+        refused(names.get(name, name), _ops._distribution_matching, x, *changed, *params, True)
+        _, _, *rest = changed
+        refused(
+            names.get(name, name),
+            _ops._f_distill,
+            *(x, *list(changed)[:2], *weighing.values(), *rest, *WeightParams(), *params, True),
+        )
+    for name, value in weighing.items():
+        changed = (weighing | {name: value.to("meta")}).values()
+        refused(name, _ops._f_distill, x, teacher, fake, *changed, *tensors.values(), *WeightParams(), *params, True)
+        if name != "logits":
+            refused(name, _ops._f_weights, *changed, *WeightParams())
+    identity = {"teacher": teacher, "fake": fake} | {n: tensors[n] for n in ("weight", "mask", "normalizer")}
+    for name, value in identity.items():
+        changed = (identity | {name: value.to("meta")}).values()
+        refused(name, _ops._score_identity, x, *changed, *LossParams(normalizer=2), True, True, True)
 
 
 def test_the_operators_are_functional(backend: Backend, operators: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,6 +38,7 @@ def emulated() -> Iterator[None]:
 def device(**changes: int) -> Iterator[None]:
     """Another device than the default one."""
     names = ("processors", "blocks_per_processor", "max_cluster", "shared_bytes", "level2_bytes", "order")
+    names += ("fitting_cluster", "code")
     before = emulator.settings()
     emulator.configure(*(dict(zip(names, before, strict=True)) | changes).values())
     try:
@@ -69,7 +72,14 @@ def counted(call: Callable[[], Any]) -> tuple[int, int, int, int]:
     """The same, and how many loads and stores were of several elements."""
     emulator.take_traffic()
     call()
-    return emulator.take_traffic()
+    return emulator.take_traffic()[:4]
+
+
+def prefetched(call: Callable[[], Any]) -> int:
+    """Lines of 128 bytes."""
+    emulator.take_traffic()
+    call()
+    return emulator.take_traffic()[4]
 
 
 def within(got: int, budget: float, samples: int) -> bool:
@@ -253,6 +263,40 @@ def test_the_order_of_the_blocks_changes_nothing(shape: tuple[int, ...], dtype: 
             assert same(results(shape, dtype), want), (order, processors, level2)
 
 
+@pytest.mark.parametrize("elements", [8000, 50000, 120000])
+def test_code_compiled_for_an_older_device(elements: int) -> None:
+    """It has neither clusters nor a wait for the launch before, whatever the device has: masks and all, the results of
+    a device without clusters."""
+    with device(max_cluster=1):
+        want = results((2, elements), torch.float32)
+    with device(code=80):
+        assert same(results((2, elements), torch.float32), want)
+
+
+@pytest.mark.parametrize("elements", [50000, 120000, 300000])
+def test_clusters_that_there_is_no_room_for(elements: int) -> None:
+    for room in (1, 2, 4):
+        with device(max_cluster=room):
+            want = results((2, elements), torch.float32)
+        with device(fitting_cluster=room):
+            assert same(results((2, elements), torch.float32), want)
+
+
+@pytest.mark.parametrize("level2", [50 << 20, 1 << 20])
+def test_what_is_announced_fits_the_cache(level2: int) -> None:
+    """While the weights are computed, of x, teacher and fake alike; by all blocks that run at once no more than an
+    eighth of the level 2 cache."""
+    for tensors in (batch(ON_CHIP, torch.float32), mixture(ON_CHIP, MIXTURES[0])):
+        logits = torch.zeros(ON_CHIP[0])
+        with device(processors=4, level2_bytes=level2):
+            lines = prefetched(lambda tensors=tensors, logits=logits: fd.f_distill_loss(**tensors, logits=logits))
+            size = sum(tensor.nbytes for tensor in tensors.values()) // 128
+            blocks, running = ON_CHIP[0], 4 * 2
+            assert 0 < lines <= min(size, blocks * level2 // 8 // running // 128)
+            assert lines == size or lines > 0.9 * blocks * level2 // 8 // running // 128
+            assert prefetched(lambda tensors=tensors: fd.distribution_matching_loss(**tensors)) == 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("elements", [8000, 50000, 120000])
 def test_schemes_agree(dtype: torch.dtype, elements: int) -> None:
@@ -337,6 +381,99 @@ def test_an_error_leaves_the_next_call_alone() -> None:
     with device(shared_bytes=100), pytest.raises(RuntimeError, match=r"loss .* shared memory"):
         fd.distribution_matching_loss(**tensors)
     assert float(fd.distribution_matching_loss(**tensors)) == want
+
+
+def test_a_count_does_not_survive_a_launch_that_fails() -> None:
+    """The mask is counted by the first launch, in memory that the second one would have cleared."""
+    tensors, mask = batch((2, 100), torch.float32), torch.ones(2, 100, dtype=torch.bool)
+    want = float(fd.distribution_matching_loss(**tensors, mask=mask))
+    with device(shared_bytes=350), pytest.raises(RuntimeError, match=r"loss .* shared memory"):
+        fd.distribution_matching_loss(**tensors, mask=mask)
+    assert float(fd.distribution_matching_loss(**tensors, mask=mask)) == want
+
+
+class Device:
+    """Stands for what PyTorch knows of devices: notes what it is asked for."""
+
+    def __init__(self, capturing: bool = False, fails: bool = False) -> None:
+        self.current, self.calls, self._capturing, self._fails = 0, [], capturing, fails
+
+    def loss(self, *arguments: Any) -> tuple[int, int] | None:
+        self.calls.append(("launch", self.current))
+        if self._fails:
+            raise RuntimeError("a launch that fails")
+        return (4, 16) if arguments[-2][1] < 4 else None
+
+    f_weights = scale_gradient = loss
+
+    def stream_of(self, device: int) -> int:
+        return 7 + device
+
+    def capturing(self) -> bool:
+        self.calls.append(("capturing", self.current))
+        return self._capturing
+
+    def exchange(self, device: int) -> int:
+        before, self.current = self.current, device
+        return before
+
+    def restore(self, device: int) -> int:
+        self.calls.append(("restore", device))
+        return self.exchange(device)
+
+    def back_end(self) -> Any:
+        from fdistill_ops.backends._cuda import Cuda
+
+        return Cuda(self, self.stream_of, self.capturing, self.exchange, self.restore)
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_everything_is_asked_of_the_tensors_device(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capturing and launches; and it is PyTorch that restores the device before, which may have no context yet."""
+    from fdistill_ops.backends import _cuda
+
+    monkeypatch.setattr(
+        _cuda, "_Memory", lambda counters, scratch, _: argparse.Namespace(record=(0, counters, 0, scratch))
+    )
+    monkeypatch.setattr(_cuda, "lasting", lambda allocate, _: allocate())
+    here = Device(capturing)
+    here.back_end().run_loss(torch.device("cuda:1"))
+    assert here.calls == [("capturing", 1), ("launch", 1), ("launch", 1), ("restore", 0)]
+    here = Device(capturing, fails=True)
+    with pytest.raises(RuntimeError, match="a launch that fails"):
+        here.back_end().run_loss(torch.device("cuda:1"))
+    assert here.current == 0
+    here.calls.clear()
+    with pytest.raises(RuntimeError, match="a launch that fails"):
+        here.back_end().run_loss(torch.device("cuda:0"))
+    assert ("restore", 0) not in here.calls
+
+
+def test_kept_memory_is_allocated_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the stream in use: what this thread allocates may go to the pool of a graph that is being warmed up, which
+    must not hold what is kept."""
+    from fdistill_ops.backends import _cuda, _shared
+
+    entered, allocated = [], []
+
+    def stream(which: str) -> contextlib.AbstractContextManager[None]:
+        entered.append((which, threading.get_ident()))
+        return contextlib.nullcontext()
+
+    def memory(counters: int, scratch: int, _: torch.device) -> argparse.Namespace:
+        allocated.append(threading.get_ident())
+        return argparse.Namespace(record=(0, counters, 0, scratch))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(_cuda, "_Memory", memory)
+    back_end = Device().back_end()
+    for _ in range(2):
+        back_end.run_loss(torch.device("cuda:1"))
+    assert len(allocated) == 1
+    assert allocated[0] != threading.get_ident()
+    assert entered == [("the stream of cuda:1", allocated[0])]
+    assert _shared.lasting(threading.get_ident, torch.device("cpu")) == threading.get_ident()
 
 
 def test_more_dimensions_than_a_kernel_takes() -> None:

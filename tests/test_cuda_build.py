@@ -123,4 +123,4 @@ def test_the_module_loads_without_a_gpu() -> None:
     with pytest.raises(RuntimeError, match=r"'cuda' is not available: PyTorch finds no GPU"):
         fd.set_backend("cuda")
     with pytest.raises(RuntimeError, match="cudaGetDevice"):
-        _native.module().cuda.scale_gradient(16, 16, 0, 1, 4, (16, 0, (0,)), None, 0, 0)
+        _native.module().cuda.scale_gradient(16, 16, 0, 1, 4, (16, 0, (0,)), None, 0)

@@ -27,6 +27,8 @@ FAULTS = {
     "no_such_block": "shared memory of block 2 of a cluster of 2",
     "ended_block": "shared memory of a block that has ended",
     "endless": "waits for ever",
+    "no_wait": "race: memory that the launch before writes, without a wait",
+    "late_wait": "race: memory that the launch before writes, without a wait",
 }
 
 
@@ -34,6 +36,18 @@ FAULTS = {
 def test_a_fault_is_found(name: str) -> None:
     with pytest.raises(RuntimeError, match=rf"{name} \(emulated\): .*{FAULTS[name]}"):
         emulator.run_fault(name)
+
+
+def test_code_below_the_device() -> None:
+    """Of kernels compiled for a compute capability without clusters each block is one by itself."""
+    before = emulator.settings()
+    emulator.configure(*before[:-1], 80)
+    try:
+        with pytest.raises(RuntimeError, match="two_blocks"):
+            emulator.run_fault("two_blocks")
+    finally:
+        emulator.configure(*before)
+    assert emulator.run_fault("two_blocks")[:2] == [0.0, 1.0]
 
 
 def test_a_right_kernel_runs_before_and_after_a_wrong_one() -> None:

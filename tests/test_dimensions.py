@@ -138,7 +138,7 @@ def test_the_compiled_modules_guard_themselves(module: str) -> None:
     numbers = (1.0, 0, 1, 1e-6, False, 0, 1.0, False)
     loss = torch.zeros(())
     memory = (0, 0, 0, 0)
-    rest = (1,) if module == "_C" else (memory, 0, 0)
+    rest = (1,) if module == "_C" else (memory, 0)
 
     def call(shape: tuple[int, ...], operand: Any, at: int = 0) -> Any:
         operands: list[Any] = [record, record, record, *[None] * 9]

@@ -83,6 +83,7 @@ def test_everything_passes(check: ModuleType, tmp_path: Path, capsys: pytest.Cap
         ("python", "3 of 9 calls are off; 1.0 s", 1, "self-check", "FAILED", "selfcheck.log: 3 of 9 calls are off"),
         ("python", "1 failed, 2 passed in 0.1s", 1, "tests of cuda", "FAILED", "test_gpu.py: exit status 1"),
         ("ncu", "==ERROR== ERR_NVGPUCTRPERM", 1, "DRAM", "skipped", "counters"),
+        ("ncu", "==ERROR== ERR_NVGPUCTRPERM", 0, "DRAM", "skipped", "counters"),
         ("ncu", NCU.replace("201.5", "301.5"), 0, "DRAM", "FAILED", "more than 4"),
         ("ncu", "nothing", 0, "DRAM", "FAILED", "measured nothing"),
     ],
@@ -115,6 +116,53 @@ def test_a_missing_tool_is_skipped(check: ModuleType, tmp_path: Path, monkeypatc
     (tmp_path / "tools" / "compute-sanitizer").unlink()
     assert check.main() == 0
     assert summary(tmp_path)["memcheck"]["note"] == "compute-sanitizer is not installed"
+
+
+def test_a_build_that_fails_costs_what_it_builds(
+    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package is linked, so that the rest can be imported."""
+    python = tmp_path / "tools" / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *compile_kernels*) exit 1;; esac\necho "3 passed in 0.1s"\n')
+    assert check.main() == 1
+    found = summary(tmp_path)
+    assert {name for name, entry in found.items() if entry["status"] == "FAILED"} == {"build"}
+    assert (tmp_path / "out" / "site" / "fdistill_ops" / "kernels").is_dir()
+
+
+@pytest.mark.parametrize(("module", "name"), [("matplotlib", "benchmark"), ("hypothesis", "tests of triton")])
+def test_a_module_that_is_not_installed(
+    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str
+) -> None:
+    """Costs the plots, or the tests that use it, alone."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted, *more: None if wanted == module else find(wanted))
+    assert check.main() == 0
+    found = summary(tmp_path)
+    assert found[name]["status"] == "ok"
+    assert f"{module}, which is not" in found[name]["note"] or f"{module} is not installed" in found[name]["note"]
+    assert "--plot" not in (tmp_path / "out" / "bench.log").read_text() or module != "matplotlib"
+
+
+@pytest.mark.slow
+def test_without_hypothesis_the_other_tests_run(tmp_path: Path) -> None:
+    """The files that use it are skipped."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util, sys\nfind = importlib.util.find_spec\nsys.modules['hypothesis'] = None\n"
+        "importlib.util.find_spec = lambda name, *more: None if name == 'hypothesis' else find(name, *more)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    command = [sys.executable, "-S", "-c", "import sitecustomize, pytest; raise SystemExit(pytest.console_main())"]
+    files = ["test_gpu.py", "test_weights.py", "test_properties.py", "test_testing_strategies.py"]
+    result = subprocess.run(
+        [*command, "-q", "--collect-only", "-p", "no:randomly", *(f"tests/{file}" for file in files)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert all((file in result.stdout) == (file in files[:2]) for file in files), result.stdout[-2000:]
 
 
 def test_without_a_gpu(check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,26 +10,30 @@ import numpy as np
 import pytest
 import torch
 from conftest import Backend, as_tensor, check_gradient, check_loss, check_matching, expected_matching, to_numpy, unit
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from test_weights import check as check_weights
 
 import fdistill_ops as fd
 from fdistill_ops import _oracle as oracle
 from fdistill_ops import testing
 
+pytest.importorskip("hypothesis")
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
 DIVERGENCES = ("rkl", "kl", "js", "sf", "sh", "jf", "neyman", "pearson")
 
 
 @settings(max_examples=150)
-@given(arguments=testing.loss_arguments())
-def test_matching(backend: Backend, arguments: dict[str, Any]) -> None:
-    check_matching(arguments)
+@given(data=st.data())
+def test_matching(backend: Backend, data: st.DataObject) -> None:
+    check_matching(data.draw(testing.loss_arguments(device=backend.device)))
 
 
 @settings(max_examples=100)
-@given(arguments=testing.loss_arguments(nonfinite=True))
-def test_matching_of_non_finite_values(backend: Backend, arguments: dict[str, Any]) -> None:
+@given(data=st.data())
+def test_matching_of_non_finite_values(backend: Backend, data: st.DataObject) -> None:
     """NaN and infinities: finite exactly where the oracle is, and right there."""
+    arguments = data.draw(testing.loss_arguments(nonfinite=True, device=backend.device))
     expected = expected_matching(arguments)
     x = arguments["x"]
     loss = fd.distribution_matching_loss(**arguments)
@@ -38,27 +42,28 @@ def test_matching_of_non_finite_values(backend: Backend, arguments: dict[str, An
         (gradient, expected.gradients["x"], expected.gradient_noise["x"], "gradient"),
         (loss, expected.loss, expected.loss_noise, "loss"),
     ):
+        got = got.detach().cpu()
         # A value that overflows the dtype, or is within its noise of 0/0, may go either way.
         sure = np.isfinite(noise) & ~(np.abs(want) + noise > torch.finfo(got.dtype).max)
         bad = ~np.isfinite(want)
-        assert not bool(got.detach()[torch.from_numpy(np.asarray(bad))].isfinite().any()), what
+        assert not bool(got[torch.from_numpy(np.asarray(bad))].isfinite().any()), what
         keep = torch.from_numpy(np.asarray(sure & ~bad))
-        testing.assert_close(
-            got.detach().cpu()[keep], as_tensor(want)[keep], ulps=1.0, noise=as_tensor(noise)[keep], what=what
-        )
+        testing.assert_close(got[keep], as_tensor(want)[keep], ulps=1.0, noise=as_tensor(noise)[keep], what=what)
 
 
 @settings(max_examples=100)
-@given(arguments=testing.loss_arguments(f_distill=True), data=st.data())
-def test_f_distill(backend: Backend, arguments: dict[str, Any], data: st.DataObject) -> None:
+@given(data=st.data())
+def test_f_distill(backend: Backend, data: st.DataObject) -> None:
+    arguments = data.draw(testing.loss_arguments(f_distill=True, device=backend.device))
     weight_options = {name: arguments[name] for name in ("divergence", "logit_clip", "ratio_clip", "normalize")}
     logits, x = arguments["logits"], arguments["x"]
     eps, nonfinite = arguments["eps"], arguments["nonfinite"]
     histogram, t = None, None
     settings_of_histogram: dict[str, Any] = {}
     if data.draw(st.booleans()):
-        t = data.draw(testing.times(len(logits), 0.0, 1.0))
+        t = data.draw(testing.times(len(logits), 0.0, 1.0, device=backend.device))
         histogram = fd.RatioHistogram(0.0, 1.0, bins=4, ema_rate=data.draw(st.sampled_from((0.0, 0.5, 0.99))))
+        histogram.to(backend.device)
         settings_of_histogram = {"bins": np.ones(4), "ema_rate": histogram.ema_rate}
     name = weight_options["divergence"]
     options = weight_options | ({"divergence": "alpha", "a": 0.3} if name == "alpha:0.3" else {})
@@ -88,7 +93,7 @@ def test_f_distill(backend: Backend, arguments: dict[str, Any], data: st.DataObj
 def test_weights(backend: Backend, data: st.DataObject) -> None:
     """Any logits, any times, any clips: never a non-finite histogram, NaN exactly where the oracle has it."""
     batch = data.draw(st.integers(0, 40))
-    logits = data.draw(testing.logits(batch))
+    logits = data.draw(testing.logits(batch, device=backend.device))
     options: dict[str, Any] = {
         "divergence": data.draw(st.sampled_from(DIVERGENCES)),
         "logit_clip": data.draw(st.sampled_from((10.0, 1.0, 30.0))),
@@ -98,8 +103,9 @@ def test_weights(backend: Backend, data: st.DataObject) -> None:
         "nonfinite": data.draw(st.sampled_from(("propagate", "zero"))),
     }
     histogram = fd.RatioHistogram(-1.0, 3.0, bins=data.draw(st.integers(1, 9)), ema_rate=data.draw(st.floats(0, 1)))
+    histogram.to(backend.device)
     for _ in range(2):
-        t = data.draw(testing.times(batch, -1.0, 3.0))
+        t = data.draw(testing.times(batch, -1.0, 3.0, device=backend.device))
         before = to_numpy(histogram.bins.clone())
         u = oracle.U64 if logits.dtype is torch.float64 else oracle.U32
         expected = oracle.f_weights(
@@ -123,14 +129,14 @@ def test_weights(backend: Backend, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_weights_of_one_sample_do_not_depend_on_bad_ones(backend: Backend, data: st.DataObject) -> None:
     batch = data.draw(st.integers(2, 12))
-    logits = data.draw(testing.logits(batch, dtype=torch.float32, nonfinite=False))
+    logits = data.draw(testing.logits(batch, dtype=torch.float32, nonfinite=False, device=backend.device))
     spoiled = logits.clone()
     bad = data.draw(st.lists(st.booleans(), min_size=batch, max_size=batch))
     spoiled[torch.tensor(bad)] = data.draw(st.sampled_from((math.nan, math.inf, -math.inf)))
     keep = ~torch.tensor(bad)
     divergence = data.draw(st.sampled_from(DIVERGENCES))
-    t = data.draw(testing.times(batch, 0.0, 1.0, nonfinite=False))
-    first, second = (fd.RatioHistogram(0.0, 1.0, bins=3, ema_rate=0.5) for _ in range(2))
+    t = data.draw(testing.times(batch, 0.0, 1.0, nonfinite=False, device=backend.device))
+    first, second = (fd.RatioHistogram(0.0, 1.0, bins=3, ema_rate=0.5).to(backend.device) for _ in range(2))
     got = fd.f_weights(spoiled, t, histogram=first, divergence=divergence)
     want = fd.f_weights(logits[keep], t[keep], histogram=second, divergence=divergence)
     testing.assert_close(got[keep], want, ulps=4, terms=batch)
@@ -142,9 +148,9 @@ def test_weights_of_one_sample_do_not_depend_on_bad_ones(backend: Backend, data:
 @given(data=st.data())
 def test_score_identity(backend: Backend, data: st.DataObject) -> None:
     shape = data.draw(testing.shapes(max_dims=4))
-    inputs = [data.draw(testing.tensors(shape)).requires_grad_() for _ in range(3)]
+    inputs = [data.draw(testing.tensors(shape, device=backend.device)).requires_grad_() for _ in range(3)]
     options: dict[str, Any] = {
-        "mask": data.draw(testing.masks(shape)),
+        "mask": data.draw(testing.masks(shape, device=backend.device)),
         "alpha": data.draw(st.floats(-2, 2, width=32)),
         "normalizer": data.draw(st.sampled_from(("mean_abs", None))),
         "reduction": data.draw(st.sampled_from(("mean", "sum", "sample"))),
@@ -159,11 +165,10 @@ def test_score_identity(backend: Backend, data: st.DataObject) -> None:
         check_gradient(gradient, leaf, expected, name)
 
 
-@given(
-    arguments=testing.loss_arguments(dtype=torch.float32, requires_grad=False), factor=st.sampled_from((2.0, 0.5, 4.0))
-)
-def test_scaling_the_predictions(backend: Backend, arguments: dict[str, Any], factor: float) -> None:
+@given(data=st.data(), factor=st.sampled_from((2.0, 0.5, 4.0)))
+def test_scaling_the_predictions(backend: Backend, data: st.DataObject, factor: float) -> None:
     """x, teacher and fake times a power of two: g does not change (eps 0, mean_abs), the loss neither."""
+    arguments = data.draw(testing.loss_arguments(dtype=torch.float32, requires_grad=False, device=backend.device))
     assume(arguments["prediction"] == "x0")
     arguments |= {"eps": 0.0, "normalizer": "mean_abs"}
     scaled = copy.copy(arguments)
@@ -176,9 +181,10 @@ def test_scaling_the_predictions(backend: Backend, arguments: dict[str, Any], fa
     testing.assert_close(got, want, ulps=8, terms=arguments["x"].numel())
 
 
-@given(arguments=testing.loss_arguments(requires_grad=False), data=st.data())
-def test_reductions_agree(backend: Backend, arguments: dict[str, Any], data: st.DataObject) -> None:
+@given(data=st.data())
+def test_reductions_agree(backend: Backend, data: st.DataObject) -> None:
     """mean = sum / masked count; sample [B] adds up to the sum."""
+    arguments = data.draw(testing.loss_arguments(requires_grad=False, device=backend.device))
     mask = arguments["mask"]
     counts = (
         torch.full((len(arguments["x"]),), arguments["x"][0].numel() if len(arguments["x"]) else 0)
@@ -186,7 +192,7 @@ def test_reductions_agree(backend: Backend, arguments: dict[str, Any], data: st.
         else mask.reshape(len(mask), -1).sum(1)
         if mask.numel()
         else torch.zeros(len(mask))
-    )
+    ).to(backend.device)
     losses = {
         name: fd.distribution_matching_loss(**(arguments | {"reduction": name})).double()
         for name in ("mean", "sum", "sample")
@@ -196,6 +202,31 @@ def test_reductions_agree(backend: Backend, arguments: dict[str, Any], data: st.
     tolerance = oracle.growth(arguments["x"].numel()) * oracle.U32 * 4
     assert float(losses["mean"]) * max(int(counts.sum()), 1) == pytest.approx(total, rel=tolerance, abs=1e-30)
     assert float((losses["sample"] * counts).sum()) == pytest.approx(total, rel=tolerance, abs=1e-30)
+
+
+@given(
+    bins=st.sampled_from([1, 16, 17, 32, 33, 255, 256, 257, 512, 513, 1000, 1024, 1025, 3000]) | st.integers(1, 1100),
+    batch=st.sampled_from([1, 31, 32, 33, 300]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    ema_rate=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 9),
+)
+def test_histograms_of_any_size(
+    backend: Backend, bins: int, batch: int, dtype: torch.dtype, ema_rate: float, seed: int
+) -> None:
+    """Samples in the first, the last and any other bin; one without a weight, and one without a time."""
+    stored = backend.randn(bins, seed=seed).exp()
+    histogram = fd.RatioHistogram(0.0, 1.0, stored.clone(), ema_rate=ema_rate)
+    t = backend.randn(batch, dtype=torch.float64, seed=seed + 10) * 0.5 + 0.5
+    logits = backend.randn(batch, 2, dtype=dtype, seed=seed + 20) * 3
+    if batch > 30:
+        logits[7, 1], t[12] = math.inf, math.nan
+    check_weights(logits, t, histogram, divergence=DIVERGENCES[1 + seed % 7])
+    again = fd.RatioHistogram(0.0, 1.0, stored.clone(), ema_rate=ema_rate)
+    weights = fd.f_weights(logits, t, histogram=again)
+    assert torch.equal(again.bins, histogram.bins)
+    again.bins.copy_(stored)
+    assert torch.equal(fd.f_weights(logits, t, histogram=again).nan_to_num(), weights.nan_to_num())
 
 
 # --------------------------------------------------------------------------------------------------- fd.testing itself
@@ -337,9 +368,10 @@ def test_strategies_reach_what_they_promise() -> None:
     assert wanted <= seen, wanted - seen
 
 
-@given(arguments=testing.loss_arguments(dtype=torch.float64))
-def test_the_example_of_the_documentation(backend: Backend, arguments: dict[str, Any]) -> None:
+@given(data=st.data())
+def test_the_example_of_the_documentation(backend: Backend, data: st.DataObject) -> None:
     """Somebody's own kernel against the reference."""
+    arguments = data.draw(testing.loss_arguments(dtype=torch.float64, device=backend.device))
     expected = fd.reference.distribution_matching_loss(**arguments)
     assume(bool(expected.isfinite().all()))
     actual = fd.distribution_matching_loss(**arguments)

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from test_readme import environment
 
 import fdistill_ops as fd
 from fdistill_ops import testing
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings
 
 # As a user has them: no health check suppressed.
 BARE = {"max_examples": 100, "deadline": None, "derandomize": True, "database": None, "suppress_health_check": ()}

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import Backend, as_tensor, to_numpy
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 import fdistill_ops as fd
@@ -250,31 +248,6 @@ def test_histogram_over_several_batches(backend: Backend, ema_rate: float, bins:
         logits = backend.randn(23, 2, seed=step) * 2
         t = backend.tensor(80 * torch.rand(23, generator=torch.Generator().manual_seed(step)), torch.float64)
         check(logits, t, histogram, divergence=SHORT[step])
-
-
-@given(
-    bins=st.sampled_from([1, 16, 17, 32, 33, 255, 256, 257, 512, 513, 1000, 1024, 1025, 3000]) | st.integers(1, 1100),
-    batch=st.sampled_from([1, 31, 32, 33, 300]),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-    ema_rate=st.sampled_from([0.0, 0.3, 1.0]),
-    seed=st.integers(0, 9),
-)
-def test_histograms_of_any_size(
-    backend: Backend, bins: int, batch: int, dtype: torch.dtype, ema_rate: float, seed: int
-) -> None:
-    """Samples in the first, the last and any other bin; one without a weight, and one without a time."""
-    stored = backend.randn(bins, seed=seed).exp()
-    histogram = fd.RatioHistogram(0.0, 1.0, stored.clone(), ema_rate=ema_rate)
-    t = backend.randn(batch, dtype=torch.float64, seed=seed + 10) * 0.5 + 0.5
-    logits = backend.randn(batch, 2, dtype=dtype, seed=seed + 20) * 3
-    if batch > 30:
-        logits[7, 1], t[12] = math.inf, math.nan
-    check(logits, t, histogram, divergence=SHORT[1 + seed % 7])
-    again = fd.RatioHistogram(0.0, 1.0, stored.clone(), ema_rate=ema_rate)
-    weights = fd.f_weights(logits, t, histogram=again)
-    assert torch.equal(again.bins, histogram.bins)
-    again.bins.copy_(stored)
-    assert torch.equal(fd.f_weights(logits, t, histogram=again).nan_to_num(), weights.nan_to_num())
 
 
 def test_a_sample_alone_in_its_bin_loses_its_weight(backend: Backend) -> None:

@@ -65,6 +65,7 @@ struct LossArguments {
   int64_t weight_size[kDims + 1], weight_stride[kDims + 1];
   // The order of the work: a sample is cut in chunks, one for each block of a cluster, or for each piece of a split.
   int64_t chunk, chunks;
+  int64_t announced;  // on chip: elements of a chunk that are on their way while the weights are computed
   bool measures;      // split: whether there is anything to measure
   int64_t lookahead;  // samples measured before the first one's gradient is written
   bool backwards;     // gradients from the last chunk to the first: what was read last is still in the caches

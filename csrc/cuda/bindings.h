@@ -28,7 +28,7 @@ inline void bind_cuda(py::module_ m) {
   m.def("loss",
         [](const py::tuple& shape, const py::tuple& operands, const py::object& guidance, const py::object& normalizer,
            const py::tuple& params, const py::object& weights, bool score_identity, bool wide, size_t loss,
-           size_t gradient_scale, size_t stats, const py::tuple& memory_tuple, int device, size_t stream) {
+           size_t gradient_scale, size_t stats, const py::tuple& memory_tuple, size_t stream) {
           const ParsedLoss arguments(shape, operands, guidance, normalizer, params, weights, score_identity, wide, loss,
                                      gradient_scale, stats);
           const gpu::Memory memory = read_memory(memory_tuple.ptr());
@@ -38,11 +38,11 @@ inline void bind_cuda(py::module_ m) {
           {
             const py::gil_scoped_release release;
             needs = gpu::loss(arguments.call, arguments.logits ? &logits : nullptr, memory,
-                              {device, reinterpret_cast<void*>(stream)});
+                              reinterpret_cast<void*>(stream));
           }
           return lacking(needs, memory);
         });
-  m.def("f_weights", [](const py::tuple& tuple, size_t weights, size_t ratio, const py::tuple& memory_tuple, int device,
+  m.def("f_weights", [](const py::tuple& tuple, size_t weights, size_t ratio, const py::tuple& memory_tuple,
                         size_t stream) {
     const ParsedWeights parsed(tuple.ptr());
     const gpu::Memory memory = read_memory(memory_tuple.ptr());
@@ -52,17 +52,17 @@ inline void bind_cuda(py::module_ m) {
     gpu::Needs needs;
     {
       const py::gil_scoped_release release;
-      needs = gpu::f_weights(arguments, memory, {device, reinterpret_cast<void*>(stream)});
+      needs = gpu::f_weights(arguments, memory, reinterpret_cast<void*>(stream));
     }
     return lacking(needs, memory);
   });
   m.def("scale_gradient", [](size_t in, size_t out, int dtype, int64_t batch, int64_t elements,
-                             const py::object& upstream, const py::object& scale, int device, size_t stream) {
+                             const py::object& upstream, const py::object& scale, size_t stream) {
     const gpu::ScaleArguments arguments{
         reinterpret_cast<void*>(in), reinterpret_cast<void*>(out), static_cast<DType>(dtype), batch, elements,
         read_vector(upstream.ptr(), "the incoming gradient"), read_vector(scale.ptr(), "scale")};
     const py::gil_scoped_release release;
-    gpu::scale_gradient(arguments, {device, reinterpret_cast<void*>(stream)});
+    gpu::scale_gradient(arguments, reinterpret_cast<void*>(stream));
   });
 }
 

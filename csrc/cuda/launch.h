@@ -10,27 +10,22 @@
 
 namespace fdistill::gpu {
 
-// What a device can do, as far as the choice of a kernel depends on it.
+// What the choice of a kernel depends on. Everything here is about the current device, which the caller has chosen: to
+// change it here, and back, would make a context on a device that has none.
 struct Device {
-  int processors;       // multiprocessors
-  int max_cluster;      // blocks that may form a cluster; 1 where there are none
   size_t shared_bytes;  // of one block, at most
   size_t level2_bytes;  // of the level 2 cache
-  bool programmatic;    // a kernel may start before the one before it has ended
 };
+const Device& current_device();
 
-// Makes a device the current one, for as long as this lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device);
-  ~OnDevice();
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-  const Device& properties() const;
-
- private:
-  int device_, before_;
+// What the code of a kernel can do on this device. Compiled for a compute capability below 9 it has neither clusters nor
+// a wait for the kernel before, whatever the device has that runs it.
+struct Code {
+  int max_cluster;  // blocks of the largest cluster that fits; 1 where there are none
+  bool early;       // may start before the kernel before it has ended
 };
+// threads, shared: of the largest block that is going to be launched.
+Code code_of(const char* name, const void* kernel, unsigned threads, size_t shared);
 
 struct Launch {
   const char* name;
@@ -54,7 +49,7 @@ using Kernel = void (*)(const Arguments&);
 
 template <class Arguments>
 void launch(const Launch& config, Kernel<Arguments> kernel, const Arguments& arguments, const Ranges& ranges) {
-  const emulator::Grid grid{config.name, config.blocks, config.threads, config.cluster, config.shared};
+  const emulator::Grid grid{config.name, config.blocks, config.threads, config.cluster, config.shared, config.early};
   emulator::run(grid, ranges, [&] { kernel(arguments); });
 }
 

@@ -133,7 +133,7 @@ class Plan {
   void run(void* stream) {
     if (weighs_first_) launch_weights(separate_, stream);
     if (args_.early) launch_count(call_, args_.masked, stream);
-    const bool early = args_.early && device_.programmatic;
+    const bool early = args_.early && code_.early;
     Launch config{name_, 0, threads_, static_cast<unsigned>(on_chip_ ? args_.chunks : 1), shared_, early, stream};
     if (on_chip_) {
       config.blocks = static_cast<unsigned>(args_.batch * args_.chunks);
@@ -244,6 +244,7 @@ class Plan {
                                  : dtype == DType::f64  ? loss_kernels_f64()
                                  : dtype == DType::bf16 ? loss_kernels_bf16()
                                                         : loss_kernels_f16();
+    code_ = code_of("loss", reinterpret_cast<const void*>(kernels.on_chip), kMaxThreads, device_.shared_bytes);
     on_chip_ = measures_ && layout.batch > 0 && layout.elements > 0 && fits_on_chip();
     const auto special = on_chip_ ? kernels.plain_on_chip : kernels.plain_split;
     kernel_ = plain && special != nullptr ? special : on_chip_ ? kernels.on_chip : kernels.split;
@@ -258,9 +259,9 @@ class Plan {
   bool fits_on_chip() {
     const int64_t limit = static_cast<int64_t>(device_.shared_bytes) - kReserved;
     const int64_t each = (call_.wide ? 8 : 4) * (call_.score_identity ? 2 : 1);
-    for (int64_t cluster = 1; cluster <= device_.max_cluster; cluster *= 2) {
+    for (int64_t cluster = 1; cluster <= code_.max_cluster; cluster *= 2) {
       const int64_t part = round_up(divide_up(args_.elements, cluster), 16);
-      const bool most = 2 * cluster > device_.max_cluster;
+      const bool most = 2 * cluster > code_.max_cluster;
       if (part * each > (most ? limit : std::min(limit, kComfortable))) continue;
       args_.chunk = part, args_.chunks = cluster;
       kept_ = part * each;
@@ -274,6 +275,7 @@ class Plan {
     shared_ = SharedLayout(logits_ != nullptr ? logits_->call : none, logits_ != nullptr).kept + (on_chip_ ? kept_ : 0);
     args_.early = mask() && call_.params.reduction == Reduction::mean && args_.batch * args_.elements > 0;
     args_.measures = measures_;
+    if (on_chip_) args_.announced = announced();
     if (on_chip_ || !measures_) return;
     // As far ahead as it takes to keep every block busy, as long as the teacher is still in the level 2 cache when it
     // is read again.
@@ -282,6 +284,15 @@ class Plan {
     const int64_t busy = divide_up(resident(), args_.chunks);
     args_.lookahead = std::clamp<int64_t>(std::min(busy, cached - 1), 0, args_.batch);
     args_.backwards = args_.lookahead == 0;
+  }
+
+  // All blocks that run at once together bring an eighth of the level 2 cache: what the memory delivers in the time, and
+  // little enough to be there still when it is read.
+  int64_t announced() const {
+    if (logits_ == nullptr || args_.params.normalizer != Normalizer::mean_abs) return 0;
+    int64_t bytes = 0;
+    for (int o = kX; o <= kFake; ++o) bytes += item_size(args_.dtype[o]);
+    return static_cast<int64_t>(device_.level2_bytes) / 8 / resident() / bytes / 64 * 64;
   }
 
   void scratch() {
@@ -322,6 +333,7 @@ class Plan {
   LossCall call_;
   const WeightArguments* logits_;
   const Device& device_;
+  Code code_{};
   Pieces pieces_;
   LossArguments args_{};
   WeightArguments separate_{};
@@ -339,31 +351,28 @@ std::mutex one_call;
 
 }  // namespace
 
-Needs loss(const LossCall& call, const WeightArguments* logits, const Memory& memory, const Where& where) {
-  const OnDevice device(where.device);
-  Plan plan(call, logits, memory, device.properties());
+Needs loss(const LossCall& call, const WeightArguments* logits, const Memory& memory, void* stream) {
+  Plan plan(call, logits, memory, current_device());
   const Needs needs = plan.needs();
   if (!needs.met_by(memory)) return needs;
   const std::lock_guard lock(one_call);
-  plan.run(where.stream);
+  plan.run(stream);
   return needs;
 }
 
-Needs f_weights(const WeightArguments& arguments, const Memory& memory, const Where& where) {
-  const OnDevice device(where.device);
+Needs f_weights(const WeightArguments& arguments, const Memory& memory, void* stream) {
   Pieces pieces(memory.scratch);
   WeightArguments complete = arguments;
   complete.log_ratio = pieces.take<double>(log_ratio_count(arguments.call));
   const Needs needs{0, pieces.used()};
   if (!needs.met_by(memory)) return needs;
   const std::lock_guard lock(one_call);
-  launch_weights(complete, where.stream);
+  launch_weights(complete, stream);
   return needs;
 }
 
-void scale_gradient(const ScaleArguments& arguments, const Where& where) {
+void scale_gradient(const ScaleArguments& arguments, void* stream) {
   if (arguments.batch * arguments.elements == 0) return;
-  const OnDevice device(where.device);
   const int64_t bytes = arguments.batch * arguments.elements * item_size(arguments.dtype);
   Ranges ranges;
   ranges.read(arguments.in, bytes);
@@ -374,7 +383,7 @@ void scale_gradient(const ScaleArguments& arguments, const Where& where) {
   const unsigned resident = resident_blocks("scale_gradient", reinterpret_cast<const void*>(kernel), kMaxThreads, 0);
   const int64_t work = arguments.batch * divide_up(arguments.elements, kScaleChunk);
   launch({"scale_gradient", static_cast<unsigned>(std::min<int64_t>(work, resident)), kMaxThreads, 1, 0, false,
-          where.stream},
+          stream},
          kernel, arguments, ranges);
 }
 

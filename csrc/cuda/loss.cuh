@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<A, plain>) on_chip_kern
   const int64_t b = block() / cluster_size(), begin = cluster_rank() * args.chunk;
   const int64_t end = begin + args.chunk < args.elements ? begin + args.chunk : args.elements;
   const A access{args, b};
-  if (args.weights.call.logits != nullptr)
-    for (int o = kX; o <= kFake; ++o) access.announce(o, begin, end);
+  if (args.announced > 0) access.announce(begin, begin + args.announced < end ? begin + args.announced : end);
   const Prologue prologue(args);
   const double weight = prologue.weight(args, b);
   const int64_t groups = (args.chunk + A::n - 1) / A::n;

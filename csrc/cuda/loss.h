@@ -1,4 +1,4 @@
-// What the bindings call. Every function launches on a stream of a device and returns at once.
+// What the bindings call. Every function launches on a stream of the current device and returns at once.
 #pragma once
 
 #include "arguments.h"
@@ -19,17 +19,12 @@ struct Needs {
   bool met_by(const Memory& memory) const { return counters <= memory.counter_count && bytes <= memory.scratch_bytes; }
 };
 
-struct Where {
-  int device;
-  void* stream;
-};
-
 // These do nothing where the memory does not do: launch again with what they need.
 // logits: the arguments of f_weights, or null where call has a weight or there is none.
-Needs loss(const LossCall& call, const WeightArguments* logits, const Memory& memory, const Where& where);
+Needs loss(const LossCall& call, const WeightArguments* logits, const Memory& memory, void* stream);
 // arguments.weights [batch] and arguments.ratio are written; log_ratio is ignored.
-Needs f_weights(const WeightArguments& arguments, const Memory& memory, const Where& where);
+Needs f_weights(const WeightArguments& arguments, const Memory& memory, void* stream);
 
-void scale_gradient(const ScaleArguments& arguments, const Where& where);
+void scale_gradient(const ScaleArguments& arguments, void* stream);
 
 }  // namespace fdistill::gpu

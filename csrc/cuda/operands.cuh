@@ -52,10 +52,14 @@ struct Dense {
   }
   __device__ __forceinline__ Values values(const Raw& raw) const { return unpack<T>(raw); }
 
-  // What the block is going to read, while it does something else.
-  __device__ __forceinline__ void announce(int o, int64_t begin, int64_t end) const {
+  // What the block is going to read first, while it does something else: of x, teacher and fake in turn, as it reads
+  // them.
+  __device__ __forceinline__ void announce(int64_t begin, int64_t end) const {
     constexpr int64_t line = 128 / sizeof(T);
-    for (int64_t at = begin + thread() * line; at < end; at += threads() * line) prefetch(pointer(o, at));
+#pragma unroll 1
+    for (int64_t at = begin + thread() * line; at < end; at += threads() * line)
+#pragma unroll
+      for (int o = kX; o <= kFake; ++o) prefetch(pointer(o, at));
   }
 
   __device__ __forceinline__ void put(int o, int64_t at, int valid, const Values& values, C) const {
@@ -111,10 +115,18 @@ struct Mixed {
     }
   }
 
-  __device__ __forceinline__ void announce(int o, int64_t begin, int64_t end) const {
-    const int64_t line = args.dtype[o] == DType::f32 ? 32 : 64;
-    for (int64_t at = begin + thread() * line; at < end; at += threads() * line)
-      prefetch(line == 32 ? static_cast<const void*>(pointer<float>(o, at)) : pointer<uint16_t>(o, at));
+  __device__ __forceinline__ void announce(int64_t begin, int64_t end) const {
+#pragma unroll 1
+    for (int64_t at = begin + thread() * 64; at < end; at += threads() * 64)
+#pragma unroll 1
+      for (int o = kX; o <= kFake; ++o) {
+        if (args.dtype[o] != DType::f32) {
+          prefetch(pointer<uint16_t>(o, at));
+          continue;
+        }
+        prefetch(pointer<float>(o, at));
+        if (at + 32 < end) prefetch(pointer<float>(o, at + 32));
+      }
   }
 
   __device__ __forceinline__ void put(int o, int64_t at, int valid, const Values& values, C float16_scale) const {
@@ -173,7 +185,7 @@ struct Strided {
     return values;
   }
   __device__ __forceinline__ Values values(const Raw& raw) const { return raw; }
-  __device__ __forceinline__ void announce(int, int64_t, int64_t) const {}
+  __device__ __forceinline__ void announce(int64_t, int64_t) const {}
 
   __device__ __forceinline__ void put(int o, int64_t at, int valid, const Values& values, C float16_scale) const {
 #pragma unroll

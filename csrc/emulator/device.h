@@ -54,7 +54,7 @@ unsigned cluster_rank();
 void sync_block(Site site = Site::current());
 void sync_cluster(Site site = Site::current());
 uint64_t shuffle_bits(uint64_t value, int lanes, const Site& site);
-inline void wait_for_previous_kernel() {}
+void wait_for_previous_kernel();
 inline void let_next_kernel_start() {}
 
 template <class T>
@@ -110,6 +110,8 @@ void wait_until_set(const unsigned* p);
 
 // The address of `bytes` of shared memory at an offset, in the block of that rank of the cluster.
 unsigned char* check_shared(unsigned rank, int64_t offset, size_t bytes, bool writes);
+unsigned own_rank();
+unsigned reachable_rank(unsigned rank);  // its own in code that knows no clusters
 [[noreturn]] void shared_index_error(int64_t i, int64_t count);
 
 template <class T>
@@ -117,15 +119,15 @@ struct Shared {
   uint32_t offset;
   int64_t count;
 
-  T get(int64_t i) const { return get_from(cluster_rank(), i); }
+  T get(int64_t i) const { return get_from(own_rank(), i); }
   void set(int64_t i, const T& value) const {
     if (i < 0 || i >= count) shared_index_error(i, count);
-    std::memcpy(check_shared(cluster_rank(), at(i), sizeof(T), true), &value, sizeof(T));
+    std::memcpy(check_shared(own_rank(), at(i), sizeof(T), true), &value, sizeof(T));
   }
   T get_from(unsigned rank, int64_t i) const {
     if (i < 0 || i >= count) shared_index_error(i, count);
     T value;
-    std::memcpy(&value, check_shared(rank, at(i), sizeof(T), false), sizeof(T));
+    std::memcpy(&value, check_shared(reachable_rank(rank), at(i), sizeof(T), false), sizeof(T));
     return value;
   }
 

@@ -57,6 +57,7 @@ struct Thread {
   Block* block;
   unsigned index;
   bool done, polling;
+  bool waited;    // for the launch before
   unsigned turn;  // of its warp's shuffles
 };
 
@@ -107,6 +108,7 @@ Machine* machine = nullptr;  // of the launch that runs; there is one at a time
 Thread* current = nullptr;
 std::mutex one_launch;
 Stacks stacks;
+std::vector<Ranges::Range> written_before;  // by the last launch, which one that starts early runs beside
 
 class Machine {
  public:
@@ -211,7 +213,14 @@ class Machine {
     else if (vector || first_read(begin))
       traffic().loaded += static_cast<int64_t>(bytes);
     if (begin % alignment != 0) stop("misaligned access of " + std::to_string(bytes) + " bytes of global memory");
+    if (grid_.early && !current->waited) check_unwritten(begin, bytes);
     check_memory(begin, bytes, writes);
+  }
+
+  void check_unwritten(uintptr_t begin, size_t bytes) {
+    for (const Ranges::Range& range : written_before)
+      if (begin < range.end && range.begin < begin + bytes)
+        stop("race: memory that the launch before writes, without a wait for it");
   }
 
   void check_memory(uintptr_t begin, size_t bytes, bool writes) {
@@ -297,7 +306,7 @@ class Machine {
       std::fill(block.warps.begin(), block.warps.end(), Warp{});
       for (unsigned i = 0; i < grid_.threads; ++i) {
         Thread& thread = block.threads[i];
-        thread.block = &block, thread.index = i, thread.done = thread.polling = false, thread.turn = 0;
+        thread.block = &block, thread.index = i, thread.done = thread.polling = thread.waited = false, thread.turn = 0;
         thread.fiber.prepare(stacks_[(place + rank) * grid_.threads + i], enter, &thread);
         ready_.push_back(&thread);
       }
@@ -369,6 +378,8 @@ void run(const Grid& grid, const Ranges& ranges, const std::function<void()>& bo
     refuse("blocks that do not make up clusters");
   if (grid.cluster > static_cast<unsigned>(settings().max_cluster))
     refuse("a cluster of " + std::to_string(grid.cluster));
+  if (grid.cluster > static_cast<unsigned>(settings().fitting_cluster))
+    refuse("no room for a cluster of " + std::to_string(grid.cluster));
   if (grid.shared > settings().shared_bytes) refuse(std::to_string(grid.shared) + " bytes of shared memory");
   const std::lock_guard lock(one_launch);
   ++traffic().launches;
@@ -381,6 +392,9 @@ void run(const Grid& grid, const Ranges& ranges, const std::function<void()>& bo
     throw;
   }
   machine = nullptr;
+  written_before.clear();
+  for (const Ranges::Range& range : ranges.all())
+    if (range.writable) written_before.push_back(range);
 }
 
 }  // namespace fdistill::emulator
@@ -394,18 +408,27 @@ unsigned thread() { return current->index; }
 unsigned threads() { return static_cast<unsigned>(current->block->threads.size()); }
 unsigned block() { return current->block->index; }
 unsigned blocks() { return machine->blocks(); }
-unsigned cluster_size() { return static_cast<unsigned>(current->block->cluster->blocks.size()); }
-unsigned cluster_rank() { return current->block->rank; }
+bool old_code() { return emulator::settings().code < 90; }
+unsigned own_rank() { return current->block->rank; }
+unsigned reachable_rank(unsigned rank) { return old_code() ? own_rank() : rank; }
+unsigned cluster_size() { return old_code() ? 1 : static_cast<unsigned>(current->block->cluster->blocks.size()); }
+unsigned cluster_rank() { return old_code() ? 0 : own_rank(); }
+void wait_for_previous_kernel() { current->waited |= !old_code(); }
 
 void sync_block(Site site) { machine->sync_block(site); }
-void sync_cluster(Site site) { machine->sync_cluster(site); }
+void sync_cluster(Site site) {
+  if (!old_code()) machine->sync_cluster(site);
+}
 uint64_t shuffle_bits(uint64_t value, int lanes, const Site& site) { return machine->shuffle(value, lanes, site); }
 
 void check_global(const void* p, size_t bytes, size_t alignment, bool writes, bool vector) {
   machine->check_global(p, bytes, alignment, writes, vector);
 }
 
-void prefetch(const void* p) { machine->check_memory(reinterpret_cast<uintptr_t>(p), 1, false); }
+void prefetch(const void* p) {
+  ++emulator::traffic().prefetched;
+  machine->check_memory(reinterpret_cast<uintptr_t>(p), 1, false);
+}
 
 void wait_until_set(const unsigned* p) {
   while (load(p) == 0) machine->poll();
@@ -426,12 +449,17 @@ namespace {
 thread_local Device emulated;  // two threads may prepare a launch each
 }
 
-OnDevice::OnDevice(int device) : device_(device), before_(device) {
+const Device& current_device() {
   const emulator::Settings& now = emulator::settings();
-  emulated = {now.processors, now.max_cluster, now.shared_bytes, now.level2_bytes, false};
+  emulated = {now.shared_bytes, now.level2_bytes};
+  return emulated;
 }
-OnDevice::~OnDevice() = default;
-const Device& OnDevice::properties() const { return emulated; }
+
+Code code_of(const char*, const void*, unsigned, size_t) {
+  const emulator::Settings& now = emulator::settings();
+  const bool knows = now.code >= 90 && now.max_cluster > 1;
+  return {knows ? std::min(now.max_cluster, now.fitting_cluster) : 1, knows};
+}
 
 unsigned resident_blocks(const char*, const void*, unsigned, size_t) {
   const emulator::Settings& now = emulator::settings();

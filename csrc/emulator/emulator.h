@@ -34,16 +34,20 @@ struct Grid {
   const char* name;
   unsigned blocks, threads, cluster;
   size_t shared;
+  bool early = false;  // started while the launch before may still write
 };
 
 // Runs body once for every thread. Throws std::runtime_error, with the kernel's name, for the first error.
 void run(const Grid& grid, const Ranges& ranges, const std::function<void()>& body);
 
-// The device that is emulated. order: the seed of the order in which blocks start, 0 for their own.
+// The device that is emulated. order: the seed of the order in which blocks start, 0 for their own. fitting_cluster: the
+// largest one for which there is room. code: ten times the compute capability that the kernels were compiled for, which
+// may be below the device's: such code takes every block for a cluster of its own and never waits for the launch before.
 struct Settings {
   int processors = 2, blocks_per_processor = 2, max_cluster = 8;
   size_t shared_bytes = 227 << 10, level2_bytes = 50 << 20;
   unsigned order = 1;
+  int fitting_cluster = 8, code = 90;
 };
 Settings& settings();
 
@@ -52,6 +56,7 @@ Settings& settings();
 struct Traffic {
   int64_t launches = 0, loaded = 0, stored = 0;
   int64_t vectors = 0;  // accesses to several elements at once
+  int64_t prefetched = 0;  // lines of 128 bytes
 };
 Traffic& traffic();
 

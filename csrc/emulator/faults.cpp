@@ -82,12 +82,25 @@ void ended_block(const Arguments& a) {  // no barrier after the other block's la
   sync_block();
   store(a.out + thread(), slots().get_from(1, thread()));
 }
+void two_blocks(const Arguments& a) {  // right, unless its code knows no clusters: then out of bounds
+  const unsigned work = block() / cluster_size() * 64 + cluster_rank();
+  if (thread() == 0) store(a.out + work, static_cast<float>(cluster_rank()));
+}
 void endless(const Arguments& a) { wait_until_set(a.flag); }
+void set_flag(const Arguments& a) {  // the launch before those that start early
+  if (thread() == 0) store(a.flag, 1u);
+}
+void no_wait(const Arguments& a) { store(a.out + thread(), static_cast<float>(load(a.flag))); }
+void late_wait(const Arguments& a) {
+  no_wait(a);
+  wait_for_previous_kernel();
+}
 
 struct Fault {
   const char* name;
   Kernel<Arguments> kernel;
   unsigned cluster = 1;
+  bool early = false;
 };
 constexpr Fault kFaults[] = {
     {"right", right},
@@ -107,7 +120,10 @@ constexpr Fault kFaults[] = {
     {"half_a_cluster", half_a_cluster, 2},
     {"no_such_block", no_such_block, 2},
     {"ended_block", ended_block, 2},
+    {"two_blocks", two_blocks, 2},
     {"endless", endless},
+    {"no_wait", no_wait, 1, true},
+    {"late_wait", late_wait, 1, true},
 };
 
 }  // namespace
@@ -123,8 +139,9 @@ std::vector<float> run_fault(const char* name) {
   ranges.write(&flag, sizeof(flag));
   for (const Fault& fault : kFaults) {
     if (std::string(fault.name) != name) continue;
-    gpu::launch({fault.name, fault.cluster, 64, fault.cluster, 256}, fault.kernel,
-                Arguments{in.data(), out.data(), &flag}, ranges);
+    const Arguments arguments{in.data(), out.data(), &flag};
+    if (fault.early) gpu::launch({"set_flag", 1, 64}, set_flag, arguments, ranges);
+    gpu::launch({fault.name, fault.cluster, 64, fault.cluster, 256, fault.early}, fault.kernel, arguments, ranges);
     return out;
   }
   throw std::invalid_argument(std::string("no fault ") + name);

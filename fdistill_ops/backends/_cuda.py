@@ -11,7 +11,7 @@ from torch import Tensor
 from .._checks import OptionalTensors
 from ..params import LossParams
 from ._compiled import DTYPES, Compiled, record
-from ._shared import is_dense, mark_changed, opaque, plain, rows_are_dense, scaled
+from ._shared import is_dense, lasting, mark_changed, opaque, plain, rows_are_dense, scaled
 
 _MAX_DIMS = 9  # of x, beyond which a sample may have more dimensions than the kernels take (kDims in csrc/cuda)
 _FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -29,38 +29,63 @@ class _Memory:
 
 
 _NOTHING = (0, 0, 0, 0)
+# Returns what it lacks, counters and bytes of scratch, or None once it has run.
+_Function = Callable[..., tuple[int, int] | None]
 
 
 class Cuda(Compiled):
     """``native``: the module with the kernels; ``stream_of``: the stream in use on a device, as an integer;
-    ``capturing``: whether that stream is being captured in a graph."""
+    ``capturing``: whether that of the current device is being captured in a graph; ``exchange``: makes a device the
+    current one and returns the one before; ``restore``: makes that one the current one again."""
 
-    def __init__(self, native: Any, stream_of: Callable[[int], int], capturing: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        native: Any,
+        stream_of: Callable[[int], int],
+        capturing: Callable[[], bool],
+        exchange: Callable[[int], int],
+        restore: Callable[[int], int],
+    ) -> None:
         self._native, self._stream_of, self._capturing = native, stream_of, capturing
+        self._exchange, self._restore = exchange, restore
         self._memory: dict[tuple[int, int], _Memory] = {}
 
-    def _with_memory(
-        self, function: Callable[..., tuple[int, int] | None], device: torch.device, *arguments: Any
-    ) -> None:
-        """Calls function(*arguments, memory, device, stream) with as much memory as it needs. A graph has memory of
-        its own, cleared whenever it runs."""
+    def _with_memory(self, function: _Function, device: torch.device, *arguments: Any) -> None:
+        """Calls function(*arguments, memory, stream), on the device, with as much memory as it needs."""
         index = device.index or 0
-        stream = self._stream_of(index)
-        if self._capturing():
-            lacking = function(*arguments, _NOTHING, index, stream)
-            if lacking is not None:
-                memory = _Memory(*lacking, device)
-                function(*arguments, memory.record, index, stream)
-            return
-        key = (index, stream)
-        kept = self._memory.get(key)
-        lacking = function(*arguments, _NOTHING if kept is None else kept.record, index, stream)
+        before = self._exchange(index)
+        try:
+            stream = self._stream_of(index)
+            if self._capturing():
+                self._with_fresh_memory(function, device, stream, *arguments)
+            else:
+                self._with_kept_memory(function, device, stream, *arguments)
+        finally:
+            if before != index:
+                self._restore(before)
+
+    def _with_fresh_memory(self, function: _Function, device: torch.device, stream: int, *arguments: Any) -> None:
+        """A graph has memory of its own, cleared whenever it runs."""
+        lacking = function(*arguments, _NOTHING, stream)
         if lacking is not None:
+            memory = _Memory(*lacking, device)
+            function(*arguments, memory.record, stream)
+
+    def _with_kept_memory(self, function: _Function, device: torch.device, stream: int, *arguments: Any) -> None:
+        key = (device.index or 0, stream)
+        kept = self._memory.get(key)
+        try:
+            lacking = function(*arguments, _NOTHING if kept is None else kept.record, stream)
+            if lacking is None:
+                return
             counters, scratch = (max(1 << (n - 1).bit_length(), 4096) for n in lacking)
             if kept is not None:
                 counters, scratch = max(counters, kept.record[1]), max(scratch, kept.record[3])
-            kept = self._memory[key] = _Memory(counters, scratch, device)
-            function(*arguments, kept.record, index, stream)
+            kept = self._memory[key] = lasting(lambda: _Memory(counters, scratch, device), device)
+            function(*arguments, kept.record, stream)
+        except BaseException:
+            self._memory.pop(key, None)  # the first of two launches may have counted there
+            raise
 
     def run_loss(self, device: torch.device, *arguments: Any) -> None:
         self._with_memory(self._native.loss, device, *arguments)
@@ -105,17 +130,21 @@ class Cuda(Compiled):
         batch = gradient.shape[0] if per_sample else 1
         out = torch.empty_like(gradient) if keep else gradient
         index = gradient.device.index or 0
-        self._native.scale_gradient(
-            gradient.data_ptr(),
-            out.data_ptr(),
-            DTYPES[gradient.dtype],
-            batch,
-            gradient.numel() // batch if batch else 0,
-            record(upstream, "the incoming gradient"),
-            record(scale, "scale"),
-            index,
-            self._stream_of(index),
-        )
+        before = self._exchange(index)
+        try:
+            self._native.scale_gradient(
+                gradient.data_ptr(),
+                out.data_ptr(),
+                DTYPES[gradient.dtype],
+                batch,
+                gradient.numel() // batch if batch else 0,
+                record(upstream, "the incoming gradient"),
+                record(scale, "scale"),
+                self._stream_of(index),
+            )
+        finally:
+            if before != index:
+                self._restore(before)
         if not keep:
             mark_changed(gradient)
         return out

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from .._torch import increment_version, is_batched, is_legacy_batched, is_zero
 from .._validation import PLAIN_TYPES, has_memory, without_memory
+
+T = TypeVar("T")
+
+
+def lasting(allocate: Callable[[], T], device: torch.device) -> T:
+    """What allocate() makes on the current stream of the device, to be kept from call to call. A thread of its own
+    allocates it: what this one allocates may go to a pool that torch.compile's CUDA graphs, say, check for tensors that
+    stay."""
+    if device.type == "cpu":
+        return allocate()
+    stream = torch.cuda.current_stream(device)
+
+    def on_stream() -> T:
+        with torch.cuda.stream(stream):
+            return allocate()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(on_stream).result()
 
 
 def plain(tensor: Tensor, name: str) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from .. import _native
-from .._torch import capturing, raw_stream
+from .._torch import capturing, exchange_device, raw_stream, restore_device
 from ._cuda import Cuda
 
 name = "cuda"
 
 assert raw_stream is not None and capturing is not None  # PyTorch finds a GPU
-_cuda = Cuda(_native.module().cuda, raw_stream, capturing)
+assert exchange_device is not None and restore_device is not None
+_cuda = Cuda(_native.module().cuda, raw_stream, capturing, exchange_device, restore_device)
 f_weights = _cuda.f_weights
 distribution_matching = _cuda.distribution_matching
 difference = _cuda.difference

@@ -8,7 +8,7 @@ from ._cuda import Cuda
 
 name = "cuda-emulated"
 
-_emulated = Cuda(_native.emulator(), lambda device: 0, lambda: False)
+_emulated = Cuda(_native.emulator(), lambda device: 0, lambda: False, lambda device: device, lambda device: device)
 f_weights = _emulated.f_weights
 distribution_matching = _emulated.distribution_matching
 difference = _emulated.difference

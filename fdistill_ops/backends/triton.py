@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ from ..params import NORMALIZERS, PREDICTIONS, REDUCTIONS, LossParams, WeightPar
 from ..predictions import rows_like
 from ._functions import Functions
 from ._layout import Strides, plan
-from ._shared import histogram_buffers, mark_changed, opaque, plain, rows_are_dense, scaled
+from ._shared import histogram_buffers, lasting, mark_changed, opaque, plain, rows_are_dense, scaled
 
 name = "triton"
 
@@ -114,20 +113,9 @@ def _zeros(n: int, device: torch.device) -> Tensor:
     key = (stream.device_index, stream.cuda_stream)
     found = _counters.get(key)
     if found is None or found.numel() < n:
-        found = _counters[key] = _lasting_zeros(max(n, 4096), stream)
+        size = max(n, 4096)
+        found = _counters[key] = lasting(lambda: torch.zeros(size, dtype=torch.int64, device=device), device)
     return found
-
-
-def _lasting_zeros(n: int, stream: torch.cuda.Stream) -> Tensor:
-    """Allocated by a thread of its own: what this one allocates may go to a pool that torch.compile's CUDA graphs, say,
-    check for tensors that stay."""
-
-    def allocate() -> Tensor:
-        with torch.cuda.stream(stream):
-            return torch.zeros(n, dtype=torch.int64, device=stream.device)
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(allocate).result()
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
