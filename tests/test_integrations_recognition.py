@@ -429,24 +429,20 @@ def one_sentence(error: str) -> str:
 def test_refusals_are_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("raise SystemError('must not run')")
     program = str(tmp_path / "train.py")
-    path = list(sys.path)
-    try:
-        with importable("FastGen", "nowhere"):
-            status, _, error = run_main(capsys, "fastgen", program)
-            assert status == 1
-            assert "NVlabs/FastGen cannot be patched, it cannot be imported" in one_sentence(error)
-        with importable("FastGen", "restated"):
-            status, _, error = run_main(capsys, "fastgen", program)
-            assert status == 1
-            assert "is none that is known" in one_sentence(error)
-            assert fastgen._PATCH.applied == ()
-            status, _, error = run_main(capsys, "fastgen", "--loose", "-m", "fd_no_such_module")
-            assert status == 1
-            assert "there is no module fd_no_such_module" in error
-            assert "Traceback" not in error
-    finally:
-        fastgen.unpatch()
-        sys.path[:] = path
+    with importable("FastGen", "nowhere"):
+        status, _, error = run_main(capsys, "fastgen", program)
+        assert status == 1
+        assert "NVlabs/FastGen cannot be patched, it cannot be imported" in one_sentence(error)
+    with importable("FastGen", "restated"):
+        sys.path.insert(0, "")  # which becomes the folder of the program
+        status, _, error = run_main(capsys, "fastgen", program)
+        assert status == 1
+        assert "is none that is known" in one_sentence(error)
+        assert fastgen._PATCH.applied == ()
+        status, _, error = run_main(capsys, "fastgen", "--loose", "-m", "fd_no_such_module")
+        assert status == 1
+        assert error.endswith("error: there is no module fd_no_such_module\n")
+        assert fastgen._PATCH.applied == ()
 
 
 def test_an_import_error_inside_a_code_base_is_one_sentence_with_its_place(
