@@ -36,12 +36,11 @@ def dmd_loss(x: Tensor, teacher: Tensor, fake: Tensor) -> Tensor:
     return fd.distribution_matching_loss(x, teacher, fake, eps=0.0)
 
 
+# The version that is accepted, by the fingerprint that is printed below; anything else is refused.
 PATCH = Patch(
     "your code",
     [Target("your_code.loss", "dmd_loss", "x teacher fake", replacement=dmd_loss)],
-    known={
-        "your_code.loss.dmd_loss": {"8a7a62239ea00f58": "the version of this script"}
-    },  # printed by fingerprint(dmd_loss)
+    known={"your_code.loss.dmd_loss": {"8a7a62239ea00f58": "the version of this script"}},
 )
 
 
