@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fdistill_ops as fd
-from fdistill_ops.integrations import Patch, Target
+from fdistill_ops.integrations import Patch, Target, fingerprint
 
 LOSS = """
 import torch.nn.functional as F
@@ -36,9 +36,11 @@ def dmd_loss(x: Tensor, teacher: Tensor, fake: Tensor) -> Tensor:
     return fd.distribution_matching_loss(x, teacher, fake, eps=0.0)
 
 
+# The version that is accepted, by the fingerprint that is printed below; anything else is refused.
 PATCH = Patch(
     "your code",
-    [Target("your_code.loss", "dmd_loss", "x teacher fake", "F abs detach mean mse_loss 0.5", dmd_loss)],
+    [Target("your_code.loss", "dmd_loss", "x teacher fake", replacement=dmd_loss)],
+    known={"your_code.loss.dmd_loss": {"8a7a62239ea00f58": "the version of this script"}},
 )
 
 
@@ -49,7 +51,10 @@ def main() -> None:
         (package / "loss.py").write_text(LOSS)
         (package / "train.py").write_text(TRAIN)
         sys.path.insert(0, folder)
+        from your_code.loss import dmd_loss as original  # type: ignore[import-not-found]
         from your_code.train import step  # type: ignore[import-not-found]
+
+        print(f"the original is {fingerprint(original)}")
 
         torch.manual_seed(0)
         x = torch.randn(4, 3, 16, 16, requires_grad=True)

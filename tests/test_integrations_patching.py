@@ -40,7 +40,7 @@ def define(text: str) -> dict[str, Any]:
     """What a text defines, as if it had been read from a file."""
     file = f"<{len(linecache.cache)} of the tests>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-    namespace: dict[str, Any] = {"torch": torch}
+    namespace: dict[str, Any] = {"torch": torch, "Tensor": torch.Tensor}
     exec(compile(text, file, "exec", dont_inherit=True), namespace)
     return namespace
 

@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.argv = program[is_module:]
     if is_module:
         if not _exists(sys.argv[0]):
+            module.unpatch()
             _stop(f"there is no module {sys.argv[0]}")
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:

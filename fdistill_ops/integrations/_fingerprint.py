@@ -28,7 +28,7 @@ def fingerprint(function: Any) -> str:
     """
     if not inspect.isfunction(function):
         raise ValueError(f"{type(function).__name__} is not a Python function")
-    node = _node(function.__code__)
+    node = _node(function.__code__, function.__code__.co_filename)
     defaults = (function.__defaults__ or ()), (function.__kwdefaults__ or {})
     _compare_defaults(node.args, *defaults, function.__name__)
     return _hash(node)
@@ -36,7 +36,7 @@ def fingerprint(function: Any) -> str:
 
 def decorated(function: Any) -> bool:
     """Whether the source of a Python function has decorators, of which its fingerprint knows."""
-    return bool(getattr(_node(function.__code__), "decorator_list", ()))
+    return bool(getattr(_node(function.__code__, function.__code__.co_filename), "decorator_list", ()))
 
 
 def fingerprint_in(source: str, name: str) -> str | None:
@@ -51,21 +51,21 @@ def fingerprint_in(source: str, name: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _node(code: CodeType) -> Any:
-    """The syntax tree of a function."""
-    lines = linecache.getlines(code.co_filename) or _lines(code)
+def _node(code: CodeType, file: str) -> Any:
+    """The syntax tree of a function in a file. (Code of another file may be equal.)"""
+    lines = linecache.getlines(file) or _lines(code)
     try:
         tree = ast.parse("".join(lines))
-        runs = any(other == code for other in _codes(compile(tree, code.co_filename, "exec", dont_inherit=True)))
+        runs = any(other == code for other in _codes(compile(tree, file, "exec", dont_inherit=True)))
     except SyntaxError:
         _refuse(f"the source of {code.co_name} cannot be read")
     nodes = [node for node in ast.walk(tree) if _is_of(node, code)]
     if not nodes:
         _refuse(f"the source of {code.co_name} cannot be read")
     if not runs:
-        _refuse(f"the source of {code.co_name} in {code.co_filename} is not what runs: has it changed since?")
+        _refuse(f"the source of {code.co_name} in {file} is not what runs: has it changed since?")
     if len({_hash(node) for node in nodes}) > 1:
-        _refuse(f"there are several lambdas in line {code.co_firstlineno} of {code.co_filename}")
+        _refuse(f"there are several lambdas in line {code.co_firstlineno} of {file}")
     return nodes[0]
 
 
@@ -123,6 +123,8 @@ def _text(node: Any) -> Iterator[str]:
         for name, value in ast.iter_fields(node):
             if isinstance(value, list) and name in _BLOCKS:
                 value = [statement for statement in value if not _says_nothing(statement)]
+            if isinstance(node, ast.JoinedStr):
+                value = list(_joined(value))
             if name not in _LEFT_OUT and value is not None and value != []:
                 yield f"{name}="
                 yield from _text(value)
@@ -135,6 +137,20 @@ def _text(node: Any) -> Iterator[str]:
         yield "]"
     else:
         yield f"{type(node).__name__}:{node!r}"
+
+
+def _joined(parts: list[Any]) -> Iterator[Any]:
+    """The parts of an f-string, whose texts versions of Python split differently."""
+    text = ""
+    for part in [*parts, None]:
+        if isinstance(part, ast.Constant):
+            text += str(part.value)
+            continue
+        if text:
+            yield ast.Constant(text)
+        if part is not None:
+            yield part
+        text = ""
 
 
 def _says_nothing(node: Any) -> bool:
