@@ -211,9 +211,10 @@ def test_never_more_than_three_launches() -> None:
     assert traffic(lambda: fd.f_distill_loss(**tensors, logits=logits, mask=mask, return_stats=True))[0] == 3
 
 
-@pytest.mark.parametrize("samples", [1024, 1025])
+@pytest.mark.parametrize("samples", [64, 65, 1024, 1025])
 def test_weights_of_large_batches(samples: int) -> None:
-    """Inside of the loss and in a launch before it: the same loss and statistics as from f_weights by itself."""
+    """By every block, by the first one and in a launch before the loss: the same loss and statistics as from f_weights by
+    itself."""
     tensors = batch((samples, 3), torch.float32)
     logits, t = torch.randn(samples, 2), torch.rand(samples)
     before, after = fd.RatioHistogram(0.0, 1.0), fd.RatioHistogram(0.0, 1.0)
@@ -225,6 +226,44 @@ def test_weights_of_large_batches(samples: int) -> None:
     assert torch.equal(stats.vector[:9], want_stats.vector[:9])
     assert torch.equal(stats.effective_sample_size, want_stats.effective_sample_size)
     assert bool(stats.ratio_mean.isfinite())
+
+
+@pytest.mark.parametrize("histogram", [False, True])
+def test_weights_cost_a_sample_the_same_in_any_batch(histogram: bool) -> None:
+    """Of a large batch one block reads the logits, for all."""
+
+    def loaded(samples: int) -> float:
+        """Bytes for a sample, its elements apart."""
+        tensors = batch((samples, 8), torch.float32)
+        logits, t = torch.randn(samples), torch.rand(samples) if histogram else None
+        bins = fd.RatioHistogram(0.0, 1.0) if histogram else None
+        call = lambda: fd.f_distill_loss(**tensors, logits=logits, t=t, histogram=bins)  # noqa: E731
+        return traffic(call)[1] / samples - 3 * 8 * 4
+
+    few, many = loaded(65), loaded(1000)
+    assert 0 < many < 1.2 * few
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("shape", "heads"), [((70, 3, 5), 1), ((3, 20000), 200), ((2, 60000), 300)])
+def test_weights_by_the_first_block(shape: tuple[int, ...], heads: int, dtype: torch.dtype) -> None:
+    """Whichever block that is, of a cluster or of split samples too; also where one block runs at a time."""
+    tensors = batch(shape, dtype)
+    logits, t = torch.randn(shape[0], heads), torch.rand(shape[0])
+    after = fd.RatioHistogram(0.0, 1.0)
+    weight = fd.f_weights(logits, t, histogram=after)
+    for kind in ({}, {"max_cluster": 1}, {"shared_bytes": 48 << 10}):
+        for order, processors in ((0, 2), (1, 1), (2, 3)):
+            with device(**kind, order=order, processors=processors, blocks_per_processor=1):
+                before = fd.RatioHistogram(0.0, 1.0)
+                loss, stats = fd.f_distill_loss(**tensors, logits=logits, t=t, histogram=before, return_stats=True)
+                (gradient,) = torch.autograd.grad(loss, tensors["x"])
+                want, want_stats = fd.distribution_matching_loss(**tensors, weight=weight, return_stats=True)
+                assert torch.equal(loss, want)
+                assert torch.equal(gradient, torch.autograd.grad(want, tensors["x"])[0])
+                assert torch.equal(before.bins, after.bins)
+                assert torch.equal(stats.vector[:9], want_stats.vector[:9])
+                assert bool(stats.vector[9:12].isfinite().all())
 
 
 # ------------------------------------------------------------------------------------------------------------- devices

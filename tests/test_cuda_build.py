@@ -111,6 +111,28 @@ def test_vector_accesses() -> None:
             assert not re.search(r"\b(LDL|STL)\b", code), (arch, name)
 
 
+def instructions(code: str) -> list[str]:
+    """The names of a kernel's instructions."""
+    return re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
+
+
+@pytest.mark.slow
+@pytest.mark.no_poison
+def test_one_thread_fences_a_cluster() -> None:
+    """A barrier that releases would have a fence before it in every thread; here it stands in a branch for one."""
+    for arch, of_arch in kernels().items():
+        if int(re.sub(r"\D", "", arch)) < 90:
+            continue
+        clustered = [name for name in of_arch if "on_chip" in name]
+        text = dump("--dump-sass", "--gpu-architecture", arch, "--function", ",".join(clustered))
+        for part in text.split("Function : ")[1:]:
+            found = instructions(part)
+            arrivals = [i for i, name in enumerate(found) if name == "UCGABAR_ARV"]
+            assert arrivals, (arch, part[:100])
+            for i in arrivals:
+                assert not found[i - 1].endswith("ERRBAR"), (arch, part[:100])  # which ends a fence
+
+
 def test_the_module_loads_without_a_gpu() -> None:
     """Importing it makes no CUDA call; where there is no GPU the back end says so."""
     import torch

@@ -18,7 +18,7 @@ struct Vector {
 struct WeightArguments {
   WeightCall call;    // call.logits: null where the weights do not come from logits
   float* new_bins;    // [n_bins], or null
-  double* log_ratio;  // [batch + n_bins + batch / 2], of a launch of its own; a loss keeps them in shared memory
+  double* log_ratio;  // [2 batch + n_bins + batch / 2], of a launch of its own; a loss keeps them in shared memory
   void* weights;      // [batch] as the caller wants them, or null
   RatioStats* ratio;
 };
@@ -59,7 +59,8 @@ struct LossArguments {
   bool score_identity, wide;
   void *loss, *gradient_scale, *stats;
   WeightArguments weights;
-  const RatioStats* ratio;  // where the weights come from an earlier launch
+  RatioStats* ratio;  // of the logits, in memory of the stream; null without logits
+  double* weighed;    // [batch] weights, which the first block computes for all; null where each does for itself
   // The weight as it was given, for the statistics over its rows.
   int weight_dims;
   int64_t weight_size[kDims + 1], weight_stride[kDims + 1];
@@ -77,7 +78,7 @@ struct LossArguments {
   SampleSums* chunk_sums;
   SampleRecord* records;
 };
-enum Counter : int { kTicket, kFinished, kMaskedLow, kMaskedHigh, kCounters };
+enum Counter : int { kTicket, kFinished, kMaskedLow, kMaskedHigh, kWeigher, kWeighed, kCounters };
 enum SampleCounter : int { kMeasured, kReady, kWritten, kSampleCounters };
 
 struct CountArguments {  // elements of a mask, each counted `times`
@@ -102,7 +103,11 @@ Kernel<ScaleArguments> gradient_kernel();
 
 constexpr unsigned kMaxThreads = 256;
 constexpr int64_t kScaleChunk = 16384;  // elements of a gradient that a block scales at a time
-constexpr int kPrologueSamples = 1024;  // logits up to which every block computes all weights by itself
+// Weights that a block of a loss computes: up to here each for itself, from there on the first one for all; beyond, a
+// launch of its own.
+constexpr int kAloneSamples = 64;
+constexpr int64_t kAloneLogits = 512;
+constexpr int kPrologueSamples = 1024;
 constexpr int64_t kPrologueLogits = 8192;
 constexpr int kPrologueBins = 256;
 

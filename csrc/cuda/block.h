@@ -15,7 +15,7 @@ struct Max {
 
 template <class Combine>
 __device__ __forceinline__ double reduce_warp(double value, Combine combine) {
-#pragma unroll
+#pragma unroll 1  // code that runs once stays short: instructions come from memory at first
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value = combine(value, shuffle_xor(value, lanes));
   return value;
 }
@@ -38,6 +38,7 @@ __device__ __forceinline__ void reduce_block(double (&values)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     double total = partial.get(i);
+#pragma unroll 1
     for (unsigned w = 1; w < warps; ++w) {
       const double next = partial.get(w * n + i);
       total = i < maxima ? Max()(total, next) : total + next;

@@ -63,7 +63,7 @@ bool fits_prologue(const WeightCall& call) {
          call.n_bins <= kPrologueBins;
 }
 
-int64_t log_ratio_count(const WeightCall& call) { return call.batch + call.n_bins + call.batch / 2 + 1; }
+int64_t log_ratio_count(const WeightCall& call) { return 2 * call.batch + call.n_bins + call.batch / 2 + 1; }
 
 void launch_weights(const WeightArguments& arguments, void* stream) {
   Ranges ranges;
@@ -272,7 +272,8 @@ class Plan {
 
   void choose_order() {
     static const WeightCall none{};
-    shared_ = SharedLayout(logits_ != nullptr ? logits_->call : none, logits_ != nullptr).kept + (on_chip_ ? kept_ : 0);
+    const SharedLayout layout(logits_ != nullptr ? logits_->call : none, logits_ != nullptr);
+    shared_ = layout.kept + std::max<int64_t>(on_chip_ ? kept_ : 0, layout.ratio_bytes);
     args_.early = mask() && call_.params.reduction == Reduction::mean && args_.batch * args_.elements > 0;
     args_.measures = measures_;
     if (on_chip_) args_.announced = announced();
@@ -297,6 +298,12 @@ class Plan {
 
   void scratch() {
     args_.records = pieces_.take<SampleRecord>(args_.batch);
+    if (logits_ != nullptr) {
+      const WeightCall& call = logits_->call;
+      args_.ratio = pieces_.take<RatioStats>(1);
+      if (call.batch > kAloneSamples || call.batch * call.heads > kAloneLogits)
+        args_.weighed = pieces_.take<double>(call.batch);
+    }
     if (on_chip_) return;
     args_.chunk_sums = pieces_.take<SampleSums>(args_.batch * args_.chunks);
     if (!measures_) return;
@@ -320,7 +327,8 @@ class Plan {
     ranges.write(call_.gradient_scale, item * args_.batch);
     ranges.write(call_.stats, item * kStats);
     if (logits_ != nullptr) add_weight_ranges(ranges, *logits_);
-    ranges.read(args_.ratio, sizeof(RatioStats));
+    ranges.write(args_.ratio, sizeof(RatioStats));
+    ranges.write(args_.weighed, args_.batch * static_cast<int64_t>(sizeof(double)));
     ranges.write(args_.counters, needs().counters * static_cast<int64_t>(sizeof(unsigned)));
     ranges.write(args_.records, args_.batch * static_cast<int64_t>(sizeof(SampleRecord)));
     const int64_t all = on_chip_ ? 0 : args_.batch * args_.chunks;

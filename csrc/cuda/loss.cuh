@@ -20,29 +20,45 @@
 
 namespace fdistill::gpu {
 
-// What every block finds out first: the weights of the batch, where they come from logits.
+// The weights of the batch, where they come from logits. Of a few samples every block computes them for itself. Of more
+// the first block to start does, for all of them: the others wait for a block that runs, and does not wait itself.
 struct Prologue {
   Shared<double> weights;
-  RatioStats ratio;
-  uint32_t kept;  // byte offset of the memory behind it
+  uint32_t kept;  // byte offset of the memory behind them
 
   __device__ __forceinline__ explicit Prologue(const LossArguments& args) {
     const WeightCall& call = args.weights.call;
-    const bool here = call.logits != nullptr;
+    const bool here = call.logits != nullptr, for_all = args.weighed != nullptr;
     const SharedLayout memory(call, here);
+    const int64_t binned = call.n_bins > 0 ? call.batch : 0;
     kept = memory.kept;
     weights = shared_memory<double>(SharedLayout::weights, here ? call.batch : 0);
-    ratio = {not_a_number(), not_a_number(), not_a_number()};
-    if (here) {
-      ratio = f_weights(call, weights, shared_memory<double>(memory.log_bins, call.n_bins),
-                        shared_memory<int>(memory.bin_of, call.n_bins > 0 ? call.batch : 0),
-                        block() == 0 ? args.weights.new_bins : nullptr);
-    } else if (args.ratio != nullptr) {
-      ratio = {load(&args.ratio->ratio_mean), load(&args.ratio->clipped_low), load(&args.ratio->clipped_high)};
+    bool first = block() == 0;
+    if (for_all) first = broadcast(thread() == 0 ? add_atomically(args.counters + kWeigher, 1u) == 0 : 0);
+    if (!here || (for_all && !first)) return;
+    const RatioStats ratio = f_weights(call, weights, shared_memory<double>(memory.log_bins, call.n_bins),
+                                       shared_memory<double>(kept, binned), shared_memory<int>(memory.bin_of, binned),
+                                       first ? args.weights.new_bins : nullptr);
+    if (first && thread() == 0) store_record(args.ratio, ratio);
+    if (!for_all) return;
+#pragma unroll 1
+    for (int64_t b = thread(); b < call.batch; b += threads()) store(args.weighed + b, weights.get(b));
+    sync_block();
+    if (thread() == 0) {
+      fence();
+      add_atomically(args.counters + kWeighed, 1u);
     }
   }
+
   __device__ __forceinline__ double weight(const LossArguments& args, int64_t b) const {
-    return args.weights.call.logits != nullptr ? weights.get(b) : 1;
+    if (args.weighed == nullptr) return args.weights.call.logits != nullptr ? weights.get(b) : 1;
+    return load_fresh(args.weighed + b);
+  }
+  // Until there are weights.
+  __device__ __forceinline__ void wait(const LossArguments& args) const {
+    if (args.weighed == nullptr) return;
+    if (thread() == 0) wait_until_set(args.counters + kWeighed);
+    sync_block();
   }
 };
 
@@ -59,13 +75,19 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<A, plain>) on_chip_kern
   const A access{args, b};
   if (args.announced > 0) access.announce(begin, begin + args.announced < end ? begin + args.announced : end);
   const Prologue prologue(args);
-  const double weight = prologue.weight(args, b);
+  const bool measures_first = args.weighed != nullptr && args.gradient_scale == nullptr;  // which needs no weight
+  if (!measures_first) prologue.wait(args);
+  double weight = measures_first ? 1 : prologue.weight(args, b);
   const int64_t groups = (args.chunk + A::n - 1) / A::n;
   const int64_t units = groups * Kept<A>::units * (args.score_identity ? 2 : 1);
   const Kept<A> kept{shared_memory<typename A::Unit>(prologue.kept, units), groups};
 
   Measures measured = reduce<plain>(measure<A, plain, true>(args, access, kept, begin, end, weight));
   measured = reduce_cluster(measured, 0);
+  if (measures_first) {
+    prologue.wait(args);
+    weight = prologue.weight(args, b);
+  }
   if (args.early) wait_for_previous_kernel();
   const Scalars scalars = scalars_of(args, b, measured);
   SampleSums sums = reduce<plain>(differentiate<A, plain, true>(args, access, kept, begin, end, weight, scalars));
@@ -80,7 +102,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<A, plain>) on_chip_kern
     last = add_atomically(args.counters + kFinished, 1u) + 1 == args.batch;
     fence();
   }
-  if (broadcast(last)) finish(args, prologue.weights, prologue.ratio);
+  if (broadcast(last)) finish(args, prologue.weights);
 }
 
 // The work behind a ticket.
@@ -108,6 +130,7 @@ template <class A, bool plain>
 __global__ void __launch_bounds__(kMaxThreads, plain ? 2 : kResident<A, plain>)
     split_kernel(FD_ARGUMENTS(LossArguments) args) {
   const Prologue prologue(args);
+  prologue.wait(args);
   if (args.early) wait_for_previous_kernel();
   const int64_t tickets = args.batch * args.chunks * (args.measures ? 2 : 1);
   while (true) {
@@ -162,7 +185,7 @@ __global__ void __launch_bounds__(kMaxThreads, plain ? 2 : kResident<A, plain>)
     last = add_atomically(args.counters + kFinished, 1u) + 1 == blocks();
     fence();
   }
-  if (broadcast(last)) finish(args, prologue.weights, prologue.ratio);
+  if (broadcast(last)) finish(args, prologue.weights);
 }
 
 template <class A>

@@ -76,6 +76,7 @@ __device__ __forceinline__ Record reduce_cluster(const Record& own, int slot) {
   }
   sync_cluster();
   Record total{};
+#pragma unroll 1
   for (unsigned rank = 0; rank < cluster_size(); ++rank) {
     double values[n];
 #pragma unroll
@@ -90,6 +91,7 @@ __device__ __forceinline__ Record reduce_cluster(const Record& own, int slot) {
 template <bool plain, class Record>
 __device__ __forceinline__ Record reduce_chunks(const Record* chunks, int64_t n) {
   Record own{};
+#pragma unroll 1
   for (int64_t i = thread(); i < n; i += threads()) add(own, load_record(chunks + i));
   return reduce<plain>(own);
 }
@@ -122,14 +124,15 @@ struct Range {
   __device__ __forceinline__ double mean() const { return values[2] / values[3]; }
 };
 
-// Every row of the weight as it was given, [B], [B, F], ...
+// Every row of the weight as it was given, [B], [B, F], ..., or as it was computed.
 __device__ __forceinline__ void add_weights(const LossArguments& args, const Shared<double>& computed, Range& range) {
   const bool prologue = args.weights.call.logits != nullptr, given = args.data[kWeight] != nullptr;
   int64_t rows = given ? 1 : args.batch;
   for (int d = 0; d < args.weight_dims; ++d) rows *= args.weight_size[d];
+#pragma unroll 1
   for (int64_t row = thread(); row < rows; row += threads()) {
     if (prologue || !given) {
-      range.add(prologue ? computed.get(row) : 1);
+      range.add(!prologue ? 1 : args.weighed != nullptr ? load_fresh(args.weighed + row) : computed.get(row));
       continue;
     }
     int64_t offset = 0, rest = row;
@@ -143,9 +146,10 @@ __device__ __forceinline__ void add_weights(const LossArguments& args, const Sha
 }
 
 // The block that comes last: the loss, the statistics, and counters back to zero.
-__device__ inline void finish(const LossArguments& args, const Shared<double>& weights, const RatioStats& ratio) {
+__device__ inline void finish(const LossArguments& args, const Shared<double>& weights) {
   SampleSums own{};
   double loss_sum[1] = {0};  // of the samples' own losses
+#pragma unroll 1
   for (int64_t b = thread(); b < args.batch; b += threads()) {
     const SampleRecord record = load_record(args.records + b);
     add(own, record.sums);
@@ -165,10 +169,13 @@ __device__ inline void finish(const LossArguments& args, const Shared<double>& w
       loss = args.batch > 0 ? loss_sum[0] / static_cast<double>(args.batch) : 0;
     }
     Range normalizer, weight;
+#pragma unroll 1
     for (int64_t b = thread(); b < args.batch; b += threads()) normalizer.add(load_fresh(&args.records[b].n));
     add_weights(args, weights, weight);
     normalizer.reduce(), weight.reduce();
     if (thread() == 0) {
+      RatioStats ratio{not_a_number(), not_a_number(), not_a_number()};
+      if (args.ratio != nullptr) ratio = load_record(args.ratio);
       const auto write = [&](Stat field, double value) { put(args.stats, field, value, args.wide); };
       write(kLoss, loss);
       write(kGradNorm, std::sqrt(total.squares));
@@ -189,6 +196,7 @@ __device__ inline void finish(const LossArguments& args, const Shared<double>& w
   sync_block();  // the counters have been read
   if (thread() == 0) store(args.masked, 0ull);
   const int64_t counters = kCounters + (args.chunk_sums == nullptr ? 0 : args.batch * kSampleCounters);
+#pragma unroll 1
   for (int64_t i = thread(); i < counters; i += threads())
     if (i < kMaskedLow || i > kMaskedHigh) store(args.counters + i, 0u);
 }

@@ -9,8 +9,9 @@ namespace {
 __global__ void __launch_bounds__(kMaxThreads, 1) f_weights_kernel(FD_ARGUMENTS(WeightArguments) arguments) {
   const WeightCall& call = arguments.call;
   const BlockArray<double> weights{arguments.log_ratio}, log_bins{arguments.log_ratio + call.batch};
-  const BlockArray<int> bins{reinterpret_cast<int*>(arguments.log_ratio + call.batch + call.n_bins)};
-  const RatioStats stats = f_weights(call, weights, log_bins, bins, arguments.new_bins);
+  const BlockArray<double> ratios{arguments.log_ratio + call.batch + call.n_bins};
+  const BlockArray<int> bins{reinterpret_cast<int*>(arguments.log_ratio + 2 * call.batch + call.n_bins)};
+  const RatioStats stats = f_weights(call, weights, log_bins, ratios, bins, arguments.new_bins);
   if (arguments.weights != nullptr)
     for (int64_t b = thread(); b < call.batch; b += threads())
       put(arguments.weights, b, weights.get(b), !call.narrow());

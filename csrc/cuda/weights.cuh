@@ -25,16 +25,18 @@ __device__ __forceinline__ double mean_logit(const WeightCall& call, int64_t b) 
   return call.narrow() ? static_cast<double>(static_cast<float>(mean)) : mean;
 }
 
-// weights: [batch], in the end w as f_weights returns it, in float64. log_bins: [n_bins], bin_of: [batch], both with a
-// histogram alone. The new histogram is written where new_bins is not null. Ends with a barrier.
-template <class Weights, class Bins, class Indices>
-__device__ RatioStats f_weights(const WeightCall& call, const Weights& weights, const Bins& log_bins,
-                                const Indices& bin_of, float* new_bins) {
+// weights: [batch], in the end w as f_weights returns it, in float64. log_bins: [n_bins], ratios: [batch], bin_of:
+// [batch], all three with a histogram alone. The new histogram is written where new_bins is not null. Ends with a
+// barrier.
+template <class Doubles, class Indices>
+__device__ RatioStats f_weights(const WeightCall& call, const Doubles& weights, const Doubles& log_bins,
+                                const Doubles& ratios, const Indices& bin_of, float* new_bins) {
   const WeightParams& p = call.params;
   const auto kind = static_cast<Divergence>(p.kind);
 
   // l = clamp(mean logit, low, high); a sample without a finite l stays NaN and out of every sum
   double sums[4] = {};  // of the ratio, below, above, finite
+#pragma unroll 1
   for (int64_t b = thread(); b < call.batch; b += threads()) {
     double l = mean_logit(call, b);
     const double t = call.t == nullptr ? 0 : number(call.t, call.t_dtype, b * call.t_stride);
@@ -47,7 +49,9 @@ __device__ RatioStats f_weights(const WeightCall& call, const Weights& weights, 
     sums[1] += l<p.low, sums[2] += l> p.high;
     l = l < p.low ? p.low : l > p.high ? p.high : l;
     weights.set(b, l);
-    sums[0] += bounded_ratio(l);
+    const double ratio = bounded_ratio(l);
+    if (call.bins != nullptr) ratios.set(b, ratio);
+    sums[0] += ratio;
     sums[3] += 1;
   }
   reduce_block(sums);
@@ -56,12 +60,14 @@ __device__ RatioStats f_weights(const WeightCall& call, const Weights& weights, 
   // bins[i] <- ema bins[i] + (1 - ema) mean_i where count_i > 0;  r <- r / (bins[i_b] + eps). A warp to a bin.
   if (call.bins != nullptr) {
     sync_block();
+#pragma unroll 1
     for (unsigned i = thread() / kWarp; i < static_cast<unsigned>(call.n_bins); i += threads() / kWarp) {
       double count = 0, sum = 0;
+#pragma unroll 1
       for (int64_t b = thread() % kWarp; b < call.batch; b += kWarp) {
         if (bin_of.get(b) != static_cast<int>(i)) continue;
         count += 1;
-        sum += bounded_ratio(weights.get(b));
+        sum += ratios.get(b);
       }
       count = reduce_warp(count, Add()), sum = reduce_warp(sum, Add());
       if (thread() % kWarp != 0) continue;
@@ -72,6 +78,7 @@ __device__ RatioStats f_weights(const WeightCall& call, const Weights& weights, 
       log_bins.set(i, std::log(bin + p.eps));
     }
     sync_block();
+#pragma unroll 1
     for (int64_t b = thread(); b < call.batch; b += threads()) {
       const double l = weights.get(b);
       if (l == l) weights.set(b, l - log_bins.get(bin_of.get(b)));
@@ -80,6 +87,7 @@ __device__ RatioStats f_weights(const WeightCall& call, const Weights& weights, 
 
   // w = h(r);  w <- w / (mean w + eps)
   double total[2] = {};  // of the finite weights, and how many
+#pragma unroll 1
   for (int64_t b = thread(); b < call.batch; b += threads()) {
     const double l = weights.get(b);
     if (l != l) continue;
@@ -91,6 +99,7 @@ __device__ RatioStats f_weights(const WeightCall& call, const Weights& weights, 
   }
   reduce_block(total);
   const double divisor = (total[1] > 0 ? total[0] / total[1] : 0) + p.eps;
+#pragma unroll 1
   for (int64_t b = thread(); b < call.batch; b += threads()) {
     double w = weights.get(b);
     if (p.normalize) w /= divisor;

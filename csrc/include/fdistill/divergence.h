@@ -20,27 +20,33 @@ enum class Divergence : int {
   alpha = 8,
 };
 
-// 1 / (1 + exp(-l))
+// What h takes the exponential of. All divergences share one, so that the kernels hold its code once.
 template <class T>
-FD_HOST_DEVICE T sigmoid(T l) {
-  const T e = std::exp(l < 0 ? l : -l);
-  return (l < 0 ? e : T(1)) / (T(1) + e);
+FD_HOST_DEVICE T exponent_of_h(Divergence kind, T l, T a) {
+  switch (kind) {
+    case Divergence::jensen_shannon:
+    case Divergence::softened_reverse_kl: return l < 0 ? l : -l;
+    case Divergence::squared_hellinger: return l / 2;
+    case Divergence::neyman_chi2: return -l;
+    case Divergence::pearson_chi2: return 2 * l;
+    case Divergence::alpha: return a * l;
+    default: return l;
+  }
 }
 
 template <class T>
 FD_HOST_DEVICE T h_from_log_ratio(Divergence kind, T l, T a) {
+  if (kind == Divergence::reverse_kl) return T(1);
+  const T e = std::exp(exponent_of_h(kind, l, a));
   switch (kind) {
-    case Divergence::reverse_kl: return T(1);                            // 1
-    case Divergence::forward_kl: return std::exp(l);                     // r
-    case Divergence::jensen_shannon: return sigmoid(l);                  // r / (r+1)
-    case Divergence::softened_reverse_kl: return sigmoid(-l);            // 1 / (r+1)
-    case Divergence::squared_hellinger: return std::exp(l / 2) / 4;      // sqrt(r) / 4
-    case Divergence::jeffreys: return std::exp(l) + 1;                   // r + 1
-    case Divergence::neyman_chi2: return 2 * std::exp(-l);               // 2 / r
-    case Divergence::pearson_chi2: return 2 * std::exp(2 * l);           // 2 r^2
-    case Divergence::alpha: return std::exp(a * l);                      // r^a
+    case Divergence::jensen_shannon: return (l < 0 ? e : T(1)) / (T(1) + e);       // r / (r+1)
+    case Divergence::softened_reverse_kl: return (l > 0 ? e : T(1)) / (T(1) + e);  // 1 / (r+1)
+    case Divergence::squared_hellinger: return e / 4;                              // sqrt(r) / 4
+    case Divergence::jeffreys: return e + 1;                                       // r + 1
+    case Divergence::neyman_chi2:                                                  // 2 / r
+    case Divergence::pearson_chi2: return 2 * e;                                   // 2 r^2
+    default: return e;                                                             // r, r^a
   }
-  return T(0) / T(0);
 }
 
 // Time bin of t among n equal bins over [min_t, max_t]; times outside count in the first or last one.
