@@ -84,6 +84,9 @@ increment_version: Callable[[Tensor], None] = _needed("increment_version", graph
 raw_stream: Callable[[int], int] | None = _at(torch._C, "_cuda_getCurrentRawStream")
 capturing: Callable[[], bool] | None = _at(torch._C, "_cuda_isCurrentStreamCapturing")
 
+# Averages of many tensors, in the trainer. In 2.4.
+foreach_lerp_: Callable[..., None] = _needed("_foreach_lerp_")
+
 # Tensors of types of our own, in the integrations. All of them are in 2.4.
 make_wrapper_subclass: Callable[..., Any] = _needed("Tensor._make_wrapper_subclass")
 make_subclass: Callable[..., Any] = _needed("Tensor._make_subclass")
