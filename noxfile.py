@@ -1,11 +1,12 @@
 """The suite under other versions than the ones that ``make test`` uses: ``make pins``, or ``nox``.
 
-Each session makes an environment of its own and installs the package into it from a wheel. What a machine does not have
-is skipped, with the reason: an interpreter, a compiler, a version of PyTorch or NumPy that cannot be installed.
+Each session makes an environment of its own and installs the package into it from a wheel, which is built once for an
+interpreter and a compiler. What a machine does not have is skipped, with the reason: an interpreter, a compiler, a version of PyTorch or NumPy that cannot be installed.
 
     nox --list
     nox -s "tests(torch-2.11)"
     nox -- tests/test_losses.py -k "cpu or reference"      # these tests, in every session
+    nox -- --quick                                         # the same tests, a few of each one's parameters
     FDISTILL_FULL=1 nox                                    # with builds of PyTorch of several gigabytes
 
 """
@@ -29,7 +30,18 @@ nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 FULL = os.environ.get("FDISTILL_FULL", "") not in ("", "0")
 # The numeric tests, and those of what PyTorch does with the operators.
-TESTS = ("losses", "weights", "properties", "layouts", "cpu_backend", "autograd", "compile", "integrations", "errors")
+TESTS = (
+    "losses",
+    "weights",
+    "properties",
+    "layouts",
+    "cpu_backend",
+    "autograd",
+    "compile",
+    "integrations",
+    "errors",
+    "versions",
+)
 VERSIONS = """
 import platform, numpy, torch
 print("Python", platform.python_version(), "torch", torch.__version__, "numpy", numpy.__version__)
@@ -48,10 +60,14 @@ class Pin:
     compiler: str = ""
 
 
+# Triton interprets under no NumPy from 2.4 on before its version 3.7.
 PINS = [
-    Pin("torch-2.11", torch="==2.11.*", triton="==3.6.*", numpy="<2.4"),  # Triton 3.6 interprets under no later NumPy
+    Pin("torch-2.4", python="3.10", torch="==2.4.1", triton="==3.0.*", numpy="<2"),
+    Pin("torch-2.6", python="3.12", torch="==2.6.0", triton="==3.2.*", numpy="<2.4"),
+    Pin("torch-2.8", torch="==2.8.0", triton="==3.4.*", numpy="<2.4"),
+    Pin("torch-2.11", torch="==2.11.*", triton="==3.6.*", numpy="<2.4"),
     Pin("torch-newest", torch=""),
-    *(Pin(f"python-{version}", python=version) for version in ("3.11", "3.12", "3.13", "3.14")),
+    *(Pin(f"python-{version}", python=version) for version in ("3.10", "3.11", "3.12", "3.13", "3.14")),
     Pin("numpy-1", numpy="<2"),
     Pin("numpy-2", numpy=">=2"),
     Pin("clang", compiler="clang++"),
@@ -75,6 +91,21 @@ def on_disk(python: Path, requirement: str) -> bool:
         [str(python), "-m", "pip", "install", *options, requirement], capture_output=True, check=False
     )
     return done.returncode == 0
+
+
+_wheels: dict[tuple[str, str], Path] = {}
+
+
+def wheel(session: nox.Session, python: Path, pin: Pin, environment: dict[str, str]) -> Path:
+    """The package as a wheel for this interpreter, by this compiler."""
+    key = (pin.python, pin.compiler)
+    if key not in _wheels:
+        folder = ROOT / ".nox" / "wheels" / "-".join(filter(None, key))
+        shutil.rmtree(folder, ignore_errors=True)
+        options = ["-q", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+        session.run(str(python), "-m", "pip", "wheel", *options, env=environment, external=True)
+        (_wheels[key],) = folder.glob("*.whl")
+    return _wheels[key]
 
 
 @nox.session(python=False)
@@ -106,10 +137,14 @@ def tests(session: nox.Session, pin: Pin) -> None:
             session.skip(f"{what} cannot be installed here")
 
     pip(f"torch{pin.torch}", f"torch{pin.torch}", f"numpy{pin.numpy}")
-    pip("the package", f"{ROOT}[trainer,test]", f"torch{pin.torch}", f"numpy{pin.numpy}", f"triton{pin.triton}")
+    built_wheel = str(wheel(session, own, pin, built))
+    pip("the package", "--no-deps", "--force-reinstall", built_wheel)
+    pip("what the tests need", f"{built_wheel}[test]", f"torch{pin.torch}", f"numpy{pin.numpy}", f"triton{pin.triton}")
     session.run(str(own), "-c", VERSIONS, external=True)
     # From a folder without the sources, so that the installed package is the one that is tested.
-    arguments = session.posargs or [f"tests/test_{name}.py" for name in TESTS]
+    arguments = [*session.posargs]
+    if not any("tests/" in word for word in arguments):
+        arguments += [f"tests/test_{name}.py" for name in TESTS]
     arguments = [str(ROOT / word) if (ROOT / word.split("::")[0]).exists() else word for word in arguments]
     with session.chdir(folder):
         options = ["-q", "-n", "auto", "--maxprocesses", "8", "-p", "no:cacheprovider"]

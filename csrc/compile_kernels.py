@@ -26,8 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from version import version
-
 CSRC = Path(__file__).resolve().parent
 # No fused multiply-adds the source does not write: every instruction set gives the same bits.
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DNDEBUG"]
@@ -238,6 +236,8 @@ def remove_stale_emulator(package: Path) -> None:
 
 
 def main() -> None:
+    from version import version
+
     package = CSRC.parent / "fdistill_ops"
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     remove_stale_emulator(package)

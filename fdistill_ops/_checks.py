@@ -331,7 +331,7 @@ def output(out: Any, x: Tensor, *inputs: Tensor | None, call: WeightCall | None 
     if torch.compiler.is_compiling():  # g is then computed first and copied
         return
     others = () if call is None else (call.logits, call.t, call.bins())
-    kinds = {type(value) for value in (x, *inputs, *others)} - PLAIN_TYPES - {type(None)}
+    kinds = {type(value) for value in (x, *inputs, *others)} - {*PLAIN_TYPES, type(None)}
     if type(out) not in PLAIN_TYPES and any(not isinstance(out, kind) for kind in kinds):
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise TypeError(f"out is a {type(out).__name__}, which cannot take what is computed from operands of {names}")

@@ -30,7 +30,7 @@ from .params import REDUCTIONS, LossParams, WeightParams, schema
 from .stats import FIELDS
 
 _SAMPLE, _NONE = REDUCTIONS["sample"], REDUCTIONS["none"]
-_PLAIN_OR_NONE = PLAIN_TYPES | {type(None)}
+_PLAIN_OR_NONE = frozenset((*PLAIN_TYPES, type(None)))
 
 
 def _chosen(x: Tensor) -> str:

@@ -88,6 +88,9 @@ exchange_device: Callable[[int], int] | None = _at(torch._C, "_cuda_exchangeDevi
 restore_device: Callable[[int], int] | None = _at(torch._C, "_cuda_maybeExchangeDevice")
 """Makes that one the current one again, unless it has no context yet: a context takes memory."""
 
+# Averages of many tensors, in the trainer. In 2.4.
+foreach_lerp_: Callable[..., None] = _needed("_foreach_lerp_")
+
 # Tensors of types of our own, in the integrations. All of them are in 2.4.
 make_wrapper_subclass: Callable[..., Any] = _needed("Tensor._make_wrapper_subclass")
 make_subclass: Callable[..., Any] = _needed("Tensor._make_subclass")

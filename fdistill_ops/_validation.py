@@ -13,11 +13,13 @@ from torch import Tensor
 
 from ._torch import TAKES_REAL_ONES, functorch_level, is_functional, is_lazy
 
-FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
-PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-_REALS = FLOATS | {
-    getattr(torch, name) for name in ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
-}
+# Tuples: the dynamo of PyTorch 2.6 and 2.8 looks for no class in a frozenset.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_REALS = (
+    *FLOATS,
+    *(getattr(torch, name) for name in ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")),
+)
 _NUMBERS = (numbers.Real, torch.SymInt, torch.SymFloat)
 _BOOLS = (bool, torch.SymBool)
 _SHOWN = 60  # characters of a value in a message

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import Backend
+from conftest import Backend, since
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -416,6 +416,7 @@ def test_fake_gradient_has_the_strides_of_the_real_one(backend: Backend, operato
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), layout
 
 
+@since((2, 11), "under fullgraph=True it says where an error was raised, and not which")
 def test_errors_under_compile(backend: Backend) -> None:
     """A wrong argument is still named."""
     arguments = batch(backend, 4, 6) | {"reduction": "average"}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fdistill_ops as fd
-from fdistill_ops import _native
+from fdistill_ops import _native, _torch
 from fdistill_ops.backends._shared import scaled
 
 pytestmark = pytest.mark.skipif("cpu" not in fd.available_backends(), reason="the compiled module is not built")
@@ -149,6 +149,12 @@ def gradient_of(loss: Tensor) -> int:
     return loss.grad_fn.saved_tensors[1].data_ptr()
 
 
+needs_kept_graphs = pytest.mark.skipif(
+    not _torch.KNOWS_KEPT_GRAPHS, reason="this PyTorch does not say whether a graph is kept: backward copies"
+)
+
+
+@needs_kept_graphs
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (4, 3, 512, 512)])
 def test_no_pass_over_memory_when_the_incoming_gradient_is_one(shape: tuple[int, ...]) -> None:
     """The saved gradient becomes x.grad itself; scaled in place otherwise; copied where the graph is kept."""
@@ -217,6 +223,7 @@ def test_16_bit_gradients_times_a_factor_per_sample(
         assert set(passes.names) <= {"empty_like", "fill_", "clone"}
 
 
+@needs_kept_graphs
 def test_large_gradients_reuse_their_memory() -> None:
     """Step after step the same block; what is kept is no more than was in use at once, and empty_cache returns it."""
     gc.collect()

@@ -396,7 +396,11 @@ def test_an_inference_gradient_is_not_promised_to_integers(backend: Backend) -> 
 def test_dtensor_is_refused(backend: Backend) -> None:
     """By name, with what to pass instead."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
+
+    try:
+        from torch.distributed.tensor import distribute_tensor
+    except ImportError:  # before 2.5
+        from torch.distributed._tensor import distribute_tensor
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if torch.distributed.is_initialized():

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._torch import foreach_lerp_
 from . import ranks
 from .checkpoints import Checkpoints, State
 from .config import Config
@@ -99,7 +100,7 @@ class Optimizer:
 def follow(average: nn.Module, module: nn.Module, step: int, decay: float) -> None:
     """One step of an exponential moving average of the parameters; its memory is shorter at first."""
     rate = 1 - min(decay, (step + 1) / (step + 10))
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), rate)
+    foreach_lerp_(list(average.parameters()), list(module.parameters()), rate)
 
 
 class Training:

@@ -145,7 +145,7 @@ class Sanitized:
         modules = self.folder / "modules"
         with self.compiling():
             targets = [modules / f"{name}{suffix}" for name in ("_C", "_C_emulated")]
-            compile_kernels().build(targets, self.folder / f"objects{suffix}")
+            compile_kernels().build(targets, self.folder / f"objects{suffix}", "0+sanitized")
         package = self.folder / "fdistill_ops"
         shutil.rmtree(package, ignore_errors=True)
         built = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
