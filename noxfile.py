@@ -1,7 +1,8 @@
 """The suite under other versions than the ones that ``make test`` uses: ``make pins``, or ``nox``.
 
 Each session makes an environment of its own and installs the package into it from a wheel, which is built once for an
-interpreter and a compiler. What a machine does not have is skipped, with the reason: an interpreter, a compiler, a version of PyTorch or NumPy that cannot be installed.
+interpreter and a compiler. What a machine does not have is skipped, with the reason: an interpreter, a compiler, a
+version of PyTorch or NumPy that cannot be installed.
 
     nox --list
     nox -s "tests(torch-2.11)"
