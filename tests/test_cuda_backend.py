@@ -213,7 +213,7 @@ def test_never_more_than_three_launches() -> None:
 
 @pytest.mark.parametrize("samples", [64, 65, 1024, 1025])
 def test_weights_of_large_batches(samples: int) -> None:
-    """By every block, by the first one and in a launch before: the same loss and statistics as from f_weights by itself."""
+    """By every block, by the first one and in a launch before: what f_weights by itself gives."""
     tensors = batch((samples, 3), torch.float32)
     logits, t = torch.randn(samples, 2), torch.rand(samples)
     before, after = fd.RatioHistogram(0.0, 1.0), fd.RatioHistogram(0.0, 1.0)
