@@ -66,7 +66,7 @@ class Cuda(Compiled):
 
     def _with_fresh_memory(self, function: _Function, device: torch.device, stream: int, *arguments: Any) -> None:
         """A graph has memory of its own, cleared whenever it runs."""
-        lacking = function(*arguments, _NOTHING, stream)
+        lacking: tuple[int, int] | None = function(*arguments, _NOTHING, stream)
         if lacking is not None:
             memory = _Memory(*lacking, device)
             function(*arguments, memory.record, stream)
