@@ -1,7 +1,8 @@
 """The suite under other versions than the ones that ``make test`` uses: ``make pins``, or ``nox``.
 
 Each session makes an environment of its own and installs the package into it from a wheel, which is built once for an
-interpreter and a compiler. What a machine does not have is skipped, with the reason: an interpreter, a compiler, a version of PyTorch or NumPy that cannot be installed.
+interpreter and a compiler. What a machine does not have is skipped, with the reason: an interpreter, a compiler, a
+version of PyTorch or NumPy that cannot be installed.
 
     nox --list
     nox -s "tests(torch-2.11)"
@@ -60,7 +61,7 @@ class Pin:
     compiler: str = ""
 
 
-# Triton interprets under no NumPy from 2.4 on before its version 3.7.
+# NumPy below 2.4: Triton 3.6 interprets under no later one.
 PINS = [
     Pin("torch-2.4", python="3.10", torch="==2.4.1", triton="==3.0.*", numpy="<2"),
     Pin("torch-2.6", python="3.12", torch="==2.6.0", triton="==3.2.*", numpy="<2.4"),
