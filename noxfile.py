@@ -61,7 +61,7 @@ class Pin:
     compiler: str = ""
 
 
-# Triton interprets under no NumPy from 2.4 on before its version 3.7.
+# NumPy below 2.4: Triton 3.6 interprets under no later one.
 PINS = [
     Pin("torch-2.4", python="3.10", torch="==2.4.1", triton="==3.0.*", numpy="<2"),
     Pin("torch-2.6", python="3.12", torch="==2.6.0", triton="==3.2.*", numpy="<2.4"),

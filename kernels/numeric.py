@@ -5,18 +5,11 @@ Kernels use few global constants: Triton compares every one with its value at co
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
+from triton import knobs
 
-try:
-    from triton import knobs
-
-    _interprets = knobs.runtime.interpret
-except ImportError:  # before 3.4
-    _interprets = os.environ.get("TRITON_INTERPRET") == "1"
-INTERPRETED = tl.constexpr(_interprets)
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit

@@ -177,7 +177,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("PyTorch finds no GPU")
     if name not in fd.available_backends() and not (name == "cuda-emulated" and _native.emulator()):
-        pytest.skip(f"the back end {name!r} does not run here: {fd.build_info().get('reason')}")
+        pytest.skip(fd.build_info()["unavailable"].get(name, f"the back end {name!r} was not built"))
     with fd.use_backend(name):
         yield Backend(name, device)
 

@@ -83,7 +83,9 @@ assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("version", "served"), [("3.0.0", False), ("3.2.0+git0d4682f0", False), ("3.3.1", True)])
+@pytest.mark.parametrize(
+    ("version", "served"), [("3.0.0", False), ("3.3.1+git0d4682f0", False), ("3.4.0", True), ("3.10.0", True)]
+)
 def test_an_old_triton_is_told_by_its_version(monkeypatch: pytest.MonkeyPatch, version: str, served: bool) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(backends, "_triton_version", lambda: version)
@@ -92,9 +94,9 @@ def test_an_old_triton_is_told_by_its_version(monkeypatch: pytest.MonkeyPatch, v
         assert reason is None or "newer" not in reason
         return
     assert reason is not None
-    assert "need Triton 3.3 or newer" in reason and f"Triton {version} is installed" in reason
+    assert "need Triton 3.4 or newer" in reason and f"Triton {version} is installed" in reason
     assert "triton" not in backends.available_backends() and "reference" in backends.available_backends()
-    with pytest.raises(RuntimeError, match=r"need Triton 3\.3 or newer"):
+    with pytest.raises(RuntimeError, match=r"need Triton 3\.4 or newer"):
         backends.set_backend("triton")
 
 

@@ -29,7 +29,7 @@ from .._validation import unknown
 NAMES = ("reference", "cpu", "cuda", "triton")
 _EMULATED = "cuda-emulated"  # tests alone: set_backend knows it where it was built
 _DEFAULT = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the first that can
-_OLDEST_TRITON = (3, 3)  # kernels take tuples
+_OLDEST_TRITON = (3, 4)  # 3.2 takes no tuples into a kernel; 3.3 compiles none with a None in it
 _environment = os.environ.get("FDISTILL_BACKEND") or None
 _UNSET: Any = object()
 _of_process: str | None = None
@@ -67,7 +67,7 @@ def _why_not_triton() -> str | None:
         reason = "triton is not installed (pip install triton)"
     elif (version := _triton_version()) is not None and _numbers(version) < _OLDEST_TRITON:
         oldest = ".".join(map(str, _OLDEST_TRITON))
-        reason = f"its kernels need Triton {oldest} or newer (PyTorch 2.7 brings it), and Triton {version} is installed"
+        reason = f"its kernels need Triton {oldest} or newer (PyTorch 2.8 brings it), and Triton {version} is installed"
     elif not _triton_interprets() and not torch.cuda.is_available():
         reason = "PyTorch finds no GPU (TRITON_INTERPRET=1 does without, slowly)"
     return None if reason is None else f"the back end 'triton' is not available: {reason}"
@@ -83,7 +83,7 @@ def _triton_version() -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Of "3.3.1+git": (3, 3)."""
+    """Of "3.4.0+git": (3, 4)."""
     return tuple(int(digits) for digits in re.findall(r"\d+", version)[:2])
 
 
