@@ -93,3 +93,23 @@ def test_architectures(compile_kernels: ModuleType, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FDISTILL_CUDA_ARCHS", "hopper")
     with pytest.raises(SystemExit, match=r"FDISTILL_CUDA_ARCHS must be .* got 'hopper'"):
         compile_kernels.cuda_archs(str(nvcc))
+
+
+def test_users_do_not_wait_for_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the tests' own: built where they ask for it, and nowhere else."""
+
+    def module() -> ModuleType:
+        spec = importlib.util.spec_from_file_location("compile_kernels_again", CSRC / "compile_kernels.py")
+        assert spec is not None and spec.loader is not None
+        found = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "compile_kernels_again", found)
+        spec.loader.exec_module(found)
+        return found
+
+    monkeypatch.delenv("FDISTILL_EMULATOR", raising=False)
+    plain = module()
+    assert plain.MODULES == ["_C"]
+    steps = plain.steps(["c++"], None, Path("objects"), Path("_C.so"), None)
+    assert steps and not [step for step in steps if "emulat" in " ".join(step.command)]
+    monkeypatch.setenv("FDISTILL_EMULATOR", "1")
+    assert module().MODULES == ["_C", "_C_emulated"]
