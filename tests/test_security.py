@@ -86,6 +86,8 @@ def test_nothing_in_the_package_executes_what_it_reads() -> None:
                     wanted = "True" if safe[name] == "weights_only" else "False"
                     if given.get(safe[name]) != wanted:
                         found.append(f"{path.name}: {called} without {safe[name]}={wanted}")
+                if path.name == "_fingerprint.py" and called == "compile":
+                    continue  # to compare it with the code that runs: without exec and eval nothing runs it
                 if called in ("eval", "exec", "compile", "os.system", "os.popen") or name.startswith("fetch_"):
                     found.append(f"{path.name} calls {called}")
                 if name == "sympify" and path.name != "divergences.py":
