@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,25 @@ def load_profile(name: str) -> None:
     settings.register_profile("quick", derandomize=True, max_examples=10, database=None, **common)
     settings.register_profile("explore", max_examples=1000, **common)
     settings.load_profile(name)
+
+
+def in_threads(*functions: Callable[[], Any]) -> None:
+    """Runs them side by side; the first error is raised."""
+    errors: list[BaseException] = []
+
+    def run(function: Callable[[], Any]) -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def pytest_configure(config: pytest.Config) -> None:

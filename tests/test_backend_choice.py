@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import in_threads
 
 import fdistill_ops as fd
 from fdistill_ops import backends
@@ -21,25 +22,6 @@ pytestmark = pytest.mark.skipif("cpu" not in fd.available_backends(), reason="no
 def default_afterwards() -> Iterator[None]:
     yield
     fd.set_backend(None)
-
-
-def in_threads(*functions: Callable[[], Any]) -> None:
-    """Runs them side by side; the first error is raised."""
-    errors: list[BaseException] = []
-
-    def run(function: Callable[[], Any]) -> None:
-        try:
-            function()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(function,)) for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 def test_a_block_holds_for_its_thread_alone() -> None:

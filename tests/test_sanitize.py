@@ -8,9 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from fdistill_ops import backends
 
 FOLDER = Path(__file__).resolve().parent / "sanitize"
 sys.path.insert(0, str(FOLDER))
+import calls  # noqa: E402
 from toolchain import Missing, Sanitized  # noqa: E402
 
 sys.path.remove(str(FOLDER))
@@ -56,6 +60,18 @@ def test_a_planted_fault_is_reported(libraries: dict[str, tuple[Sanitized, Path]
         found = sanitized.reports()
         assert len(found) == reported, (call, found, sanitized.log("run").read_text())
         assert report in found[0] if reported else status == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_calls_run_on_the_back_end_that_is_named(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    made: dict[int, str] = {}
+
+    def call(backend: str, seed: int, index: int) -> None:
+        made[index] = backends.choose(torch.device("cpu"))
+
+    monkeypatch.setattr(calls, "call", call)
+    calls.run("reference", 0, range(3, 9), workers)
+    assert made == dict.fromkeys(range(3, 9), "reference")
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from conftest import as_tensor, check_identity, check_loss, expected_matching, roundings, to_numpy
+from conftest import as_tensor, check_identity, check_loss, expected_matching, in_threads, roundings, to_numpy
 
 import fdistill_ops as fd
 from fdistill_ops import _native
@@ -224,25 +225,21 @@ def call(backend: str, seed: int, index: int) -> None:
 
 
 def run(backend: str, seed: int, indices: range, workers: int) -> None:
-    errors: list[BaseException] = []
+    """The calls, shared by so many threads. A choice of back end holds in the thread that makes it alone."""
+    failed = threading.Event()
 
     def work(mine: range) -> None:
-        try:
-            for index in mine:
-                call(backend, seed, index)
-                if errors:
-                    return
-        except BaseException as error:
-            errors.append(error)
+        with fd.use_backend(backend):
+            try:
+                for index in mine:
+                    call(backend, seed, index)
+                    if failed.is_set():
+                        return
+            except BaseException:
+                failed.set()
+                raise
 
-    with fd.use_backend(backend):
-        threads = [threading.Thread(target=work, args=(indices[i::workers],)) for i in range(workers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    if errors:
-        raise errors[0]
+    in_threads(*(partial(work, indices[i::workers]) for i in range(workers)))
 
 
 def look_for_leaks() -> None:
