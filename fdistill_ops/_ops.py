@@ -25,7 +25,7 @@ from ._torch import dispatch_modes as _dispatch_modes
 from ._torch import functorch_level as _functorch_level
 from ._torch import keep_graph as _keep_graph
 from ._torch import register_autograd, register_fake, unwrapped_apply
-from ._validation import PLAIN_TYPES, call_named, refuse_functional
+from ._validation import PLAIN_TYPES, call_named, refuse_functional, same_device
 from .params import REDUCTIONS, LossParams, WeightParams, schema
 from .stats import FIELDS
 
@@ -141,8 +141,8 @@ def _on_one_device(operands: Mapping[str, Tensor | None]) -> None:
     the checks of the public functions."""
     (its_name, first), *others = operands.items()
     for name, tensor in others:
-        if tensor is not None and first is not None and tensor.device != first.device:
-            raise ValueError(f"{name} is on {tensor.device}, but {its_name} is on {first.device}")
+        if tensor is not None and first is not None:
+            same_device(tensor, name, first, its_name)
 
 
 def _define(name: str, arguments: str, returns: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from . import _oracle as oracle
+from ._checks import compute_dtype
 from .histogram import RatioHistogram
-from .testing import errors_and_tolerances, lay_out, ulp
+from .testing import errors_and_tolerances, lay_out, ulp, unit_roundoff
 
 Array = np.ndarray
 
@@ -250,7 +251,7 @@ class Answer:
             return self._gan()
         if self.case.operation == "f_weights":
             weights, found = self._weights()
-            dtype = _computed_in(self.given["logits"])
+            dtype = compute_dtype(self.given["logits"])
             return {"value": Expected(weights.weights, weights.noise, dtype)} | found
         return self._loss()
 
@@ -264,7 +265,7 @@ class Answer:
             value, noise = value + mean, noise + (oracle.growth(n) + 8) * _unit(*self.given.values()) * mean
             derivative = sign / (1.0 + np.exp(-sign * numbers)) / n * incoming(self.case, 1)
             found[f"gradient of {name}"] = Expected(derivative, 12 * u * np.abs(derivative), logits.dtype, 1.0)
-        dtype = _computed_in(*self.given.values())
+        dtype = compute_dtype(*self.given.values())
         return {"value": Expected(np.asarray(value), np.asarray(noise), dtype)} | found
 
     def _weights(self) -> tuple[oracle.Weights, dict[str, Expected]]:
@@ -288,7 +289,7 @@ class Answer:
     def _loss(self) -> dict[str, Expected]:
         given, shape = self.given, self.given["x"].shape
         like_x = [given.get(name) for name in ("x", "teacher", "fake", "teacher_uncond", "x_t")]
-        dtype = _computed_in(*like_x)
+        dtype = compute_dtype(*like_x)
         found: dict[str, Expected] = {}
         plain = {name: _array(value) for name, value in given.items() if name not in _NOT_OF_MATCHING}
         if "mask" in plain:
@@ -315,7 +316,7 @@ class Answer:
         factor = oracle.rows(incoming(self.case, len(gradient)), gradient.ndim)
         if np.all(factor == 1.0):
             return Expected(gradient, noise, dtype, 1.0 if dtype is torch.float16 else 0.5)
-        u = oracle.U64 if dtype is torch.float64 else oracle.U32
+        u = unit_roundoff(torch.float64 if dtype is torch.float64 else torch.float32)
         stored = noise + 0.5 * ulp(torch.from_numpy(gradient), dtype).numpy()
         value = gradient * factor
         return Expected(value, stored * np.abs(factor) + 2 * u * np.abs(value), dtype, 0.5)
@@ -331,9 +332,6 @@ def _array(value: Any) -> Any:
     return value.numpy() if value.dtype is torch.bool else value.double().numpy()
 
 
-def _computed_in(*tensors: Tensor | None) -> torch.dtype:
-    return torch.float64 if _unit(*tensors) == oracle.U64 else torch.float32
-
-
 def _unit(*tensors: Tensor | None) -> float:
-    return oracle.U64 if any(t is not None and t.dtype is torch.float64 for t in tensors) else oracle.U32
+    """Of the arithmetic on them."""
+    return unit_roundoff(compute_dtype(*tensors))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_cases import STEPS, Stop, distillation, killed_before, need_extra, same
+from trainer_cases import STEPS, Stop, distillation, killed_before, need_extra, same, trained
 
 from fdistill_ops.trainer.checkpoints import Checkpoints
 from fdistill_ops.trainer.config import Config
@@ -34,10 +34,7 @@ def data() -> Data:
 
 @pytest.fixture(scope="module")
 def whole(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Distillation:
-    """An uninterrupted training."""
-    training = distillation(data)
-    train(training, Checkpoints(tmp_path_factory.mktemp("whole"), "js", "key"), Log(None))
-    return training
+    return trained(data, tmp_path_factory.mktemp("whole"))
 
 
 def test_previous_one_is_kept(data: Data, tmp_path: Path, whole: Distillation) -> None:

@@ -12,7 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_cases import EVERY, STEPS, TINY, Stop, distillation, environment, killed_before, need_extra, same, wait_for
+from trainer_cases import (
+    EVERY,
+    STEPS,
+    TINY,
+    Stop,
+    distillation,
+    environment,
+    killed_before,
+    need_extra,
+    same,
+    trained,
+    wait_for,
+)
 
 from fdistill_ops.trainer.__main__ import main
 from fdistill_ops.trainer.checkpoints import Checkpoints
@@ -34,10 +46,7 @@ def data() -> Data:
 
 @pytest.fixture(scope="module")
 def whole(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Distillation:
-    """An uninterrupted training."""
-    training = distillation(data)
-    train(training, Checkpoints(tmp_path_factory.mktemp("whole"), "js", "key"), Log(None))
-    return training
+    return trained(data, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import fdistill_ops as fd
+from fdistill_ops.trainer.checkpoints import Checkpoints
 from fdistill_ops.trainer.config import Config
 from fdistill_ops.trainer.data import Data
 from fdistill_ops.trainer.distill import Distillation
+from fdistill_ops.trainer.files import Log
 from fdistill_ops.trainer.networks import Denoiser
-from fdistill_ops.trainer.training import Training
+from fdistill_ops.trainer.training import Training, train
 
 STEPS, EVERY = 11, 4
 TINY = ["--quick", "--teacher-steps", "9", "--distill-steps", str(STEPS), "--checkpoint-every", str(EVERY)]
@@ -38,6 +40,13 @@ def distillation(data: Data, **settings: Any) -> Distillation:
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)
     return Distillation(teacher.to(config.device), config, data, "js")
+
+
+def trained(data: Data, folder: Path) -> Distillation:
+    """An uninterrupted training."""
+    training = distillation(data)
+    train(training, Checkpoints(folder, "js", "key"), Log(None))
+    return training
 
 
 def same(a: Any, b: Any) -> bool:

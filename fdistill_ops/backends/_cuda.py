@@ -52,21 +52,26 @@ class Cuda(Compiled):
 
     def _with_memory(self, function: _Function, device: torch.device, *arguments: Any) -> None:
         """Calls function(*arguments, memory, stream), on the device, with as much memory as it needs."""
+
+        def run(stream: int) -> None:
+            with_memory = self._with_fresh_memory if self._capturing() else self._with_kept_memory
+            with_memory(function, device, stream, *arguments)
+
+        self._on(device, run)
+
+    def _on(self, device: torch.device, run: Callable[[int], None]) -> None:
+        """Calls run(the stream in use on the device) while that is the current device."""
         index = device.index or 0
         before = self._exchange(index)
         try:
-            stream = self._stream_of(index)
-            if self._capturing():
-                self._with_fresh_memory(function, device, stream, *arguments)
-            else:
-                self._with_kept_memory(function, device, stream, *arguments)
+            run(self._stream_of(index))
         finally:
             if before != index:
                 self._restore(before)
 
     def _with_fresh_memory(self, function: _Function, device: torch.device, stream: int, *arguments: Any) -> None:
         """A graph has memory of its own, cleared whenever it runs."""
-        lacking: tuple[int, int] | None = function(*arguments, _NOTHING, stream)
+        lacking = function(*arguments, _NOTHING, stream)
         if lacking is not None:
             memory = _Memory(*lacking, device)
             function(*arguments, memory.record, stream)
@@ -129,22 +134,10 @@ class Cuda(Compiled):
             return scaled(gradient, upstream if scale is None else upstream * scale)
         batch = gradient.shape[0] if per_sample else 1
         out = torch.empty_like(gradient) if keep else gradient
-        index = gradient.device.index or 0
-        before = self._exchange(index)
-        try:
-            self._native.scale_gradient(
-                gradient.data_ptr(),
-                out.data_ptr(),
-                DTYPES[gradient.dtype],
-                batch,
-                gradient.numel() // batch if batch else 0,
-                record(upstream, "the incoming gradient"),
-                record(scale, "scale"),
-                self._stream_of(index),
-            )
-        finally:
-            if before != index:
-                self._restore(before)
+        rows = batch, gradient.numel() // batch if batch else 0
+        factors = record(upstream, "the incoming gradient"), record(scale, "scale")
+        call = gradient.data_ptr(), out.data_ptr(), DTYPES[gradient.dtype], *rows, *factors
+        self._on(gradient.device, lambda stream: self._native.scale_gradient(*call, stream))
         if not keep:
             mark_changed(gradient)
         return out
