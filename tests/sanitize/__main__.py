@@ -31,6 +31,8 @@ NOT = {
     "test_large_batches_are_what_their_parts_are": "of millions of elements; likewise",
     "test_float16_gradient_survives_the_mean": "of a million elements; likewise",
 }
+# With --quick, a part of the random calls of a back end: those of an emulator take a second or more each.
+QUICK_CALLS = {"cpu": 1.0, "cuda-emulated": 0.1}
 # With --quick: half of its time, for what other tests and the random calls run too.
 NOT_QUICK = {
     "test_two_python_threads_at_once and cuda-emulated": "a hundred seconds",
@@ -53,7 +55,9 @@ def runs(name: str, calls: int, quick: bool) -> dict[str, list[str]]:
     pytest = ["-m", "pytest", *options, *(f"tests/test_{test}.py" for test in TESTS)]
     left_out = " or ".join(f"({words})" for words in [*NOT, *NOT_WITH[name], *(NOT_QUICK if quick else ())])
     tests = {"cpu": "([cpu or test_cpu_backend)", "cuda-emulated": "(cuda-emulated or test_cuda_)"}
-    drawn = {f"calls of {b}": [str(FOLDER / "calls.py"), b, f"--calls={calls}", f"--workers={workers}"] for b in tests}
+    counts = {b: max(1, round(calls * share)) if quick else calls for b, share in QUICK_CALLS.items()}
+    script = str(FOLDER / "calls.py")
+    drawn = {f"calls of {b}": [script, b, f"--calls={counts[b]}", f"--workers={workers}"] for b in tests}
     return drawn | {f"tests of {b}": [*pytest, "-k", f"{named} and not ({left_out})"] for b, named in tests.items()}
 
 
@@ -96,7 +100,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("sanitizers", nargs="*", choices=[*SANITIZERS, []], help="those to run: all by default")
     parser.add_argument("--calls", type=int, default=1000, help="random calls of each back end")
-    parser.add_argument("--quick", action="store_true", help="of the tests those of make test")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="of the tests those of make test, of the emulator's random calls a tenth",
+    )
     arguments = parser.parse_args()
     names = arguments.sanitizers or list(SANITIZERS)
     sys.exit(0 if all([check(name, arguments.calls, arguments.quick) for name in names]) else 1)
