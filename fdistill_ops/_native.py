@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from pathlib import Path
 from typing import Any
 
-_module: Any = None
-_reason: str | None = None
-_tried = False
-
 
 def module() -> Any:
     """The compiled module fdistill_ops._C, or None; :func:`reason` then says why."""
-    global _module, _reason, _tried
-    if not _tried:
-        _tried = True
-        try:
-            _module = importlib.import_module("fdistill_ops._C")
-        except ImportError as error:
-            _reason = build_record().get("skipped") or f"the compiled module does not load: {error}"
-    return _module
+    return _load()[0]
+
+
+def reason() -> str | None:
+    """Why there is no compiled module; None where there is one."""
+    return _load()[1]
+
+
+@functools.cache
+def _load() -> tuple[Any, str | None]:
+    """Both at once: a thread that asks while another imports waits for the module, and never finds neither."""
+    try:
+        return importlib.import_module("fdistill_ops._C"), None
+    except ImportError as error:
+        return None, build_record().get("skipped") or f"the compiled module does not load: {error}"
 
 
 def emulator() -> Any:
@@ -46,12 +50,6 @@ def cuda_archs() -> list[str]:
     return build_record()["cuda"]["archs"]
 
 
-def reason() -> str | None:
-    """Why there is no compiled module; None where there is one."""
-    module()
-    return _reason
-
-
 def build_record() -> dict[str, Any]:
     """What the build wrote down: compiler, flags, and what was skipped and why."""
     path = Path(__file__).with_name("_build.json")
@@ -74,7 +72,7 @@ def build_info() -> dict[str, Any]:
     from .backends import available_backends, unavailable_backends
 
     native = module()
-    info: dict[str, Any] = {"version": __version__, "compiled": native is not None, "reason": _reason}
+    info: dict[str, Any] = {"version": __version__, "compiled": native is not None, "reason": reason()}
     info |= {key: value for key, value in build_record().items() if key != "skipped"}
     if native is not None:
         info |= {"isa": native.isa(), "threading": native.threading()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -103,6 +105,17 @@ def test_blocks_nest() -> None:
             assert backends.choose(CPU) == "cpu"
 
 
+@pytest.fixture
+def often_switched() -> Iterator[None]:
+    """Threads take turns every ten microseconds. As it is, one that never waits gets five milliseconds whenever
+    another gives the interpreter away for a moment."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("often_switched")
 def test_the_choice_may_change_at_any_moment_of_a_call() -> None:
     """One thread turns the process's choice over and over, two compute: no call notices."""
     x, teacher, fake = torch.randn(3, 2, 3, generator=torch.Generator().manual_seed(0)).unbind()
@@ -169,3 +182,34 @@ def test_compiled_code_asks_whenever_it_runs(name: str, monkeypatch: pytest.Monk
         torch.testing.assert_close(compiled(x, teacher, fake), expected)
         assert served == ["cpu", name]
     torch._dynamo.reset()
+
+
+FIRST_CALLS = """
+import importlib.abc, importlib.machinery, sys, threading, time
+import torch, fdistill_ops as fd
+
+class Slow(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("fdistill_ops._C"):
+            time.sleep(0.5)
+        return None
+
+sys.meta_path.insert(0, Slow())
+together, seen = threading.Barrier(4, timeout=60), []
+
+def first(x=torch.ones(2, 3)):
+    together.wait()
+    with fd.use_backend("cpu"):
+        fd.distribution_matching_loss(x, x, x + 1)
+    seen.append(fd.build_info()["compiled"])
+
+threads = [threading.Thread(target=first) for _ in range(4)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+print(seen)
+"""
+
+
+def test_first_calls_of_several_threads_wait_for_the_compiled_module() -> None:
+    """Those that came while another was importing it were told that it is not available: None."""
+    run = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout.strip()) == (0, str([True] * 4)), run.stderr
