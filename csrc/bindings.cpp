@@ -162,6 +162,7 @@ PyObject* pooled_empty(const py::tuple& shape, const py::tuple& strides, int dty
 PYBIND11_MODULE(_C, m) {
   using namespace fdistill;
   m.doc() = "The compiled kernels of fdistill_ops. Called by fdistill_ops.backends alone.";
+  m.attr("operands") = operand_names();
   m.def("f_weights", &py_f_weights);
   m.def("loss", &py_loss);
   m.def("scale_rows", [](size_t from, size_t to, int dtype, int64_t batch, int64_t elements, size_t factor, int threads) {

@@ -57,6 +57,13 @@ inline LossParams read_loss_params(PyObject* p) {
           flag(item(p, 7))};
 }
 
+// The names of the operands of a loss in the order that they come in; the gradients follow.
+inline py::tuple operand_names() {
+  py::tuple names(static_cast<size_t>(kDx));
+  for (int o = 0; o < kDx; ++o) names[o] = kOperandNames[o];
+  return names;
+}
+
 // A call of f_weights: (batch, heads, logits, t, address of bins, number of bins, address of the new bins, params)
 struct ParsedWeights {
   WeightCall call{};

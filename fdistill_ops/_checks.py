@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import backends
 from . import histogram as histograms
+from ._call import LossCall, Operands, WeightCall
+from ._options import DIFFERENCE, F_DIFFERENCE, F_DISTILL, MATCHING, SCORE_IDENTITY, WEIGHTS, complete
 from ._torch import is_zero
 from ._validation import (
+    FLOATS,
     PLAIN_TYPES,
     broadcasts,
     call_named,
@@ -29,46 +33,30 @@ from ._validation import (
     shown,
     unknown,
 )
-from .divergences import Divergence, get_divergence
-from .histogram import RatioHistogram
-from .params import NORMALIZERS, PREDICTION_ALIASES, PREDICTIONS, REDUCTIONS, LossParams, WeightParams
+from .divergences import get_divergence
+from .params import NORMALIZERS, PREDICTION_ALIASES, PREDICTIONS, REDUCTIONS, RULES, LossParams, WeightParams
 
 _NONFINITE = {"propagate": False, "zero": True}
 
-OptionalTensors = tuple[
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-]
-"""In the order of OPTIONAL_NAMES, which every layer keeps."""
-OPTIONAL_NAMES = ("weight", "teacher_uncond", "guidance_scale", "mask", "x_t", "alpha", "sigma", "normalizer")
-LOSS_NAMES = ("x", "teacher", "fake", *OPTIONAL_NAMES)
 
-
-def named(x: Tensor, teacher: Tensor, fake: Tensor, tensors: OptionalTensors) -> dict[str, Tensor | None]:
-    """The operands of a loss by the names of its arguments."""
-    return dict(zip(LOSS_NAMES, (x, teacher, fake, *tensors), strict=True))
-
-
-def compute_dtype(*inputs: Tensor | None) -> torch.dtype:
-    """The type of the arithmetic on these inputs, and of a loss: float64 where one of them is, else float32."""
-    for tensor in inputs:
-        if tensor is not None and tensor.dtype is torch.float64:
-            return torch.float64
-    return torch.float32
-
-
-def _like(value: Any, name: str, x: Tensor) -> Tensor:
-    floating(value, name)
-    if value.shape != x.shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, but x has shape {tuple(x.shape)}")
-    same_device(value, name, x, "x")
-    return value
+def _like(x: Tensor, *named: tuple[str, Any]) -> None:
+    """Each is a floating tensor of x's shape, on its device."""
+    shape, device, plain = x.shape, x.device, type(x) in PLAIN_TYPES
+    for name, value in named:
+        if (
+            plain
+            and type(value) in PLAIN_TYPES
+            and value.dtype in FLOATS
+            and value.layout is torch.strided
+            and not value.is_nested
+            and value.shape == shape
+            and value.device == device
+        ):
+            continue
+        floating(value, name)
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, but x has shape {tuple(shape)}")
+        same_device(value, name, x, "x")
 
 
 def nonfinite_rule(value: Any) -> bool:
@@ -103,84 +91,159 @@ def _eps(value: Any) -> float:
     return number(value, "eps", low=0.0)
 
 
-def distribution_matching(
+def loss(
+    function: str, x: Any, teacher: Any, fake: Any, options: dict[str, Any], backend: str | None = None
+) -> LossCall:
+    """The call of a distribution-matching loss. ``backend``: the one that is to serve it; None: what is chosen."""
+    options = complete(function, options, MATCHING)
+    return _matching(x, teacher, fake, options, options["reduction"], None, backend)
+
+
+def difference(
+    function: str, x: Any, teacher: Any, fake: Any, options: dict[str, Any], backend: str | None = None
+) -> tuple[LossCall, Tensor | None]:
+    """The call of a score difference, and where it goes."""
+    options = complete(function, options, DIFFERENCE)
+    call = _matching(x, teacher, fake, options, "sum", None, backend)
+    return call, _output(options["out"], call)
+
+
+def f_distill(
+    function: str,
     x: Any,
     teacher: Any,
     fake: Any,
-    weight: Any = None,
-    teacher_uncond: Any = None,
-    guidance_scale: Any = None,
-    mask: Any = None,
-    prediction: Any = "x0",
-    x_t: Any = None,
-    alpha: Any = None,
-    sigma: Any = None,
-    normalizer: Any = "mean_abs",
-    eps: Any = 1e-6,
-    nonfinite: Any = "propagate",
-    reduction: Any = "mean",
-    return_stats: Any = False,
-    identity_alpha: float = 1.0,
-) -> tuple[OptionalTensors, LossParams]:
-    """Checks the arguments of a loss. Returns its optional tensors and its numbers."""
+    logits: Any,
+    t: Any,
+    options: dict[str, Any],
+    backend: str | None = None,
+) -> LossCall:
+    """The call of an f-distill loss."""
+    options = complete(function, options, F_DISTILL)
+    weights = _weights(logits, t, options, backend)
+    return _matching(x, teacher, fake, options, options["reduction"], weights, backend)
+
+
+def f_difference(
+    function: str,
+    x: Any,
+    teacher: Any,
+    fake: Any,
+    logits: Any,
+    t: Any,
+    options: dict[str, Any],
+    backend: str | None = None,
+) -> tuple[LossCall, Tensor | None]:
+    """The call of a score difference with f-weights, and where it goes."""
+    options = complete(function, options, F_DIFFERENCE)
+    weights = _weights(logits, t, options, backend)
+    call = _matching(x, teacher, fake, options, "sum", weights, backend)
+    return call, _output(options["out"], call)
+
+
+def f_weights(function: str, logits: Any, t: Any, options: dict[str, Any], backend: str | None = None) -> WeightCall:
+    """The call of f_weights."""
+    call = _weights(logits, t, complete(function, options, WEIGHTS), backend)
+    return call._replace(backend=chosen(call.logits, backend))
+
+
+def score_identity(
+    function: str, x: Any, teacher: Any, fake: Any, options: dict[str, Any], backend: str | None = None
+) -> LossCall:
+    """The call of a score-identity loss."""
+    options = complete(function, options, SCORE_IDENTITY)
+    alpha = number(options.pop("alpha"), "alpha")
+    call = _matching(x, teacher, fake, {**MATCHING, **options}, options["reduction"], None, backend)
+    params = call.params._replace(identity_alpha=alpha, rule=RULES["score_identity"])
+    not_reduced = params.reduction == REDUCTIONS["none"]  # which no kernel does
+    return call._replace(params=params, backend="reference" if not_reduced else call.backend)
+
+
+def chosen(tensor: Tensor, backend: str | None) -> str:
+    """The back end of a call with this tensor. Compiled code runs operators, which choose when they run."""
+    if backend is not None:
+        return backend
+    return "operators" if torch.compiler.is_compiling() else backends.choose(tensor.device)
+
+
+def _matching(
+    x: Any,
+    teacher: Any,
+    fake: Any,
+    options: dict[str, Any],
+    reduction: Any,
+    weights: WeightCall | None,
+    backend: str | None,
+) -> LossCall:
     floating(x, "x")
     if x.ndim == 0:
         raise ValueError("x must have a batch dimension, got a tensor without dimensions")
-    _like(teacher, "teacher", x)
-    _like(fake, "fake", x)
+    uncond, x_t = options["teacher_uncond"], options["x_t"]
+    _like(x, ("teacher", teacher), ("fake", fake))
+    weight, guidance, mask, alpha, sigma = (options[name] for name in _OTHER)
     if weight is not None:
         weight = rows(weight, "weight", x)
 
-    scale, scale_tensor = 1.0, None
-    if teacher_uncond is not None:
-        _like(teacher_uncond, "teacher_uncond", x)
-        if guidance_scale is None:
+    scale = 1.0
+    if uncond is not None:
+        _like(x, ("teacher_uncond", uncond))
+        if guidance is None:
             raise ValueError("guidance_scale is missing: teacher_uncond needs a float or a tensor of shape [B]")
-        if not isinstance(guidance_scale, Tensor):
-            scale = number(guidance_scale, "guidance_scale")
-        elif guidance_scale.ndim == 0:
-            scale_tensor = rows(guidance_scale, "guidance_scale", x)
+        if not isinstance(guidance, Tensor):
+            scale, guidance = number(guidance, "guidance_scale"), None
+        elif guidance.ndim == 0:
+            guidance = rows(guidance, "guidance_scale", x)
         else:
-            scale_tensor = per_sample(guidance_scale, "guidance_scale", x)
-    elif guidance_scale is not None:
+            guidance = per_sample(guidance, "guidance_scale", x)
+    elif guidance is not None:
         raise ValueError("teacher_uncond is missing: guidance_scale needs the unconditional prediction")
     if mask is not None:
         mask = _mask(mask, x)
 
-    prediction = prediction_name(prediction)
+    prediction = options["prediction"]
+    if prediction != "x0":
+        prediction = prediction_name(prediction)
     given = (("x_t", x_t), ("alpha", alpha), ("sigma", sigma))
     if prediction != "x0":
         for name, value in given:
             if value is None:
                 raise ValueError(f"{name} is missing: prediction={prediction!r} needs x_t, alpha and sigma")
-        _like(x_t, "x_t", x)
+        _like(x, ("x_t", x_t))
         alpha, sigma = rows(alpha, "alpha", x), rows(sigma, "sigma", x)
     else:
         for name, value in given:
             if value is not None:
                 raise ValueError(f"{name} has no use with prediction='x0'")
 
-    eps, normalizer_tensor = _eps(eps), None
+    normalizer, eps, rows_given = options["normalizer"], _eps(options["eps"]), None
     if isinstance(normalizer, Tensor):
-        normalizer, normalizer_tensor = "tensor", per_sample(normalizer, "normalizer", x)
+        normalizer, rows_given = "tensor", per_sample(normalizer, "normalizer", x)
     elif normalizer is None:
         eps = 0.0  # the factor is the weight
     elif not (isinstance(normalizer, str) and normalizer == "mean_abs"):
         raise ValueError(f"normalizer must be 'mean_abs', None or a tensor [B]; got {shown(normalizer)}")
     if not (isinstance(reduction, str) and reduction in REDUCTIONS):
         unknown(reduction, "reduction", REDUCTIONS)
-
     params = LossParams(
-        scale,
-        PREDICTIONS[prediction],
-        NORMALIZERS[normalizer],
-        eps,
-        nonfinite_rule(nonfinite),
-        REDUCTIONS[reduction],
-        identity_alpha,
-        flag(return_stats, "return_stats"),
+        guidance_scale=scale,
+        prediction=PREDICTIONS[prediction],
+        normalizer=NORMALIZERS[normalizer],
+        eps=eps,
+        zero_nonfinite=nonfinite_rule(options["nonfinite"]),
+        reduction=REDUCTIONS[reduction],
+        need_stats=flag(options.get("return_stats", False), "return_stats"),
     )
-    return (weight, teacher_uncond, scale_tensor, mask, x_t, alpha, sigma, normalizer_tensor), params
+    if weights is not None:
+        if weights.logits.shape[0] != x.shape[0]:
+            raise ValueError(f"logits has {weights.logits.shape[0]} samples, but x has shape {tuple(x.shape)}")
+        same_device(weights.logits, "logits", x, "x")
+    limit = max_norm(options["max_norm"])
+    operands = Operands(x, teacher, fake, weight, uncond, guidance, mask, x_t, alpha, sigma, rows_given)
+    backend = chosen(x, backend)
+    return LossCall(operands, params, backend, weights and weights._replace(backend=backend), limit)
+
+
+_OTHER = ("weight", "guidance_scale", "mask", "alpha", "sigma")
 
 
 def _mask(mask: Any, x: Tensor) -> Tensor:
@@ -199,44 +262,8 @@ def _mask(mask: Any, x: Tensor) -> Tensor:
     return call_named(lambda v: v.expand(x.shape), {"mask": mask})
 
 
-class WeightCall(NamedTuple):
-    """What the f-weights of a call are made from, checked."""
-
-    logits: Tensor  # [B] or [B, K]
-    t: Tensor | None  # [B]
-    histogram: RatioHistogram | None
-    divergence: Divergence
-    params: WeightParams
-    group: Any
-
-    # Methods: the dynamo of PyTorch 2.4 traces no property of a named tuple.
-
-    def bins(self) -> Tensor | None:
-        return None if self.histogram is None else self.histogram.bins
-
-    def named(self) -> dict[str, Tensor | None]:
-        """The arguments whose type the weights have."""
-        return {"logits": self.logits, "t": self.t}
-
-    def record(self, bins: Tensor | None) -> None:
-        """The histogram takes over what this batch made of it."""
-        if self.histogram is not None:
-            self.histogram.record(bins)
-
-
-def f_weights(
-    logits: Any,
-    t: Any,
-    divergence: Any,
-    logit_clip: Any,
-    ratio_clip: Any,
-    histogram: RatioHistogram | None,
-    normalize: Any,
-    eps: Any,
-    nonfinite: Any,
-    group: Any = None,
-) -> WeightCall:
-    """Checks the arguments of f_weights but the group."""
+def _weights(logits: Any, t: Any, options: dict[str, Any], backend: str | None) -> WeightCall:
+    """Of a back end that has yet to be chosen."""
     floating(logits, "logits")
     if logits.ndim == 0:
         raise ValueError("logits must have shape [B] or [B, ...], got a tensor without dimensions")
@@ -244,12 +271,12 @@ def f_weights(
         raise ValueError(f"logits has no heads: shape {tuple(logits.shape)}")
     if logits.ndim > 2:  # the map of a discriminator of patches: its places are heads
         logits = call_named(lambda v: v.detach().flatten(1), {"logits": logits})
+    divergence, histogram, normalize = (options[name] for name in ("divergence", "histogram", "normalize"))
     divergence = get_divergence(divergence)
     if normalize is not None and not (isinstance(normalize, str) and normalize == "mean"):
         unknown(normalize, "normalize", ("mean", None))
-    zero = nonfinite_rule(nonfinite)
-    eps = _eps(eps)
-    low, high = _clip_bounds(logit_clip, ratio_clip)
+    zero, eps = nonfinite_rule(options["nonfinite"]), _eps(options["eps"])
+    low, high = _clip_bounds(options["logit_clip"], options["ratio_clip"])
     if t is not None:
         real(t, "t")
         if t.ndim == 0 or t.shape[0] != logits.shape[0] or t.numel() != logits.shape[0]:
@@ -259,27 +286,28 @@ def f_weights(
         same_device(t, "t", logits, "logits")
         if histogram is None:
             raise ValueError("t has no use without a histogram, and would be ignored: pass histogram=, or leave it out")
-    min_t, max_t, ema_rate = 0.0, 1.0, 0.0
+    bins, min_t, max_t, ema_rate = None, 0.0, 1.0, 0.0
     if histogram is not None:
         min_t, max_t, ema_rate = histograms.checked(histogram)
         if t is None:
             raise ValueError("t is missing: a histogram needs the time of every sample")
-        same_device(histogram.bins, "histogram", logits, "logits")
+        bins = histogram.bins
+        same_device(bins, "histogram", logits, "logits")
         if not histogram.training:
             ema_rate = 1.0  # this batch plays no part
     params = WeightParams(
-        divergence.kind if divergence.kind is not None else -1,
-        divergence.a if divergence.a is not None else 0.0,
-        low,
-        high,
-        min_t,
-        max_t,
-        ema_rate,
-        normalize is not None,
-        eps,
-        zero,
+        kind=divergence.kind if divergence.kind is not None else -1,
+        a=divergence.a if divergence.a is not None else 0.0,
+        low=low,
+        high=high,
+        min_t=min_t,
+        max_t=max_t,
+        ema_rate=ema_rate,
+        normalize=normalize is not None,
+        eps=eps,
+        zero_nonfinite=zero,
     )
-    return WeightCall(logits, t, histogram, divergence, params, group)
+    return WeightCall(logits, t, bins, divergence, params, "", histogram, options["group"])
 
 
 def _clip_bounds(logit_clip: Any, ratio_clip: Any) -> tuple[float, float]:
@@ -312,15 +340,11 @@ _DEFAULT_CLIPS = (10.0, 0.1, 20.0)
 _DEFAULT_BOUNDS = _bounds(*_DEFAULT_CLIPS)
 
 
-def same_batch(logits: Tensor, x: Tensor) -> None:
-    if logits.shape[0] != x.shape[0]:
-        raise ValueError(f"logits has {logits.shape[0]} samples, but x has shape {tuple(x.shape)}")
-    same_device(logits, "logits", x, "x")
-
-
-def output(out: Any, x: Tensor, *inputs: Tensor | None, call: WeightCall | None = None) -> None:
-    """out can take g: x's shape and dtype, no part of another input (except exactly that input). ``call``: what g's
-    weights are made from."""
+def _output(out: Any, call: LossCall) -> Tensor | None:
+    """out can take g: x's shape and dtype, no part of another input (except exactly that input)."""
+    if out is None:
+        return None
+    x, inputs = call.operands.x, call.operands
     floating(out, "out")
     if out.shape != x.shape or out.dtype != x.dtype:
         want, got = (tuple(x.shape), x.dtype), (tuple(out.shape), out.dtype)
@@ -329,9 +353,9 @@ def output(out: Any, x: Tensor, *inputs: Tensor | None, call: WeightCall | None 
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out requires grad: pass out.detach()")
     if torch.compiler.is_compiling():  # g is then computed first and copied
-        return
-    others = () if call is None else (call.logits, call.t, call.bins())
-    kinds = {type(value) for value in (x, *inputs, *others)} - {*PLAIN_TYPES, type(None)}
+        return out
+    others = () if call.weights is None else call.weights.named().values()
+    kinds = {type(value) for value in (*inputs, *others)} - {*PLAIN_TYPES, type(None)}
     if type(out) not in PLAIN_TYPES and any(not isinstance(out, kind) for kind in kinds):
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise TypeError(f"out is a {type(out).__name__}, which cannot take what is computed from operands of {names}")
@@ -340,23 +364,24 @@ def output(out: Any, x: Tensor, *inputs: Tensor | None, call: WeightCall | None 
     if out.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError("out is an inference tensor: it can be written in inference mode alone")
     if is_fake(out):
-        return
+        return out
     if not has_memory(out):
         if is_zero(out) or (type(out) in PLAIN_TYPES and out.numel()):
             raise ValueError("out has no memory of its own to write to")
-        return  # nothing to write, or a wrapper, which knows where its memory is
+        return out  # nothing to write, or a wrapper, which knows where its memory is
     reach = 0
     for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
         if size > 1 and stride <= reach:
             raise ValueError(f"out has elements that share memory: shape {tuple(out.shape)}, strides {out.stride()}")
         reach += (size - 1) * stride
     storage = out.untyped_storage().data_ptr()
-    for value in (x, *inputs):
+    for value in inputs:
         if value is None or is_fake(value) or not has_memory(value) or _storage(value) != storage:
             continue
         same = value.data_ptr() == out.data_ptr() and value.stride() == out.stride() and value.dtype == out.dtype
         if not same and _spans_overlap(value, out):
             raise ValueError("out overlaps an input without being that input")
+    return out
 
 
 def _storage(tensor: Tensor) -> int:

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from . import _reference, backends
 from ._autograd import refuse_double_backward
-from ._checks import OPTIONAL_NAMES, OptionalTensors, compute_dtype, named
+from ._call import NAMES, LossCall, Needs, Operands, WeightCall, WeightResult, compute_dtype
 from ._torch import DERIVATIVES as _DERIVATIVES
 from ._torch import DUAL_LEVEL as _DUAL_LEVEL
 from ._torch import dispatch_modes as _dispatch_modes
@@ -26,16 +26,14 @@ from ._torch import functorch_level as _functorch_level
 from ._torch import keep_graph as _keep_graph
 from ._torch import register_autograd, register_fake, unwrapped_apply
 from ._validation import PLAIN_TYPES, call_named, refuse_functional, same_device
-from .params import REDUCTIONS, LossParams, WeightParams, schema
+from .divergences import divergence_of
+from .params import DERIVATIVES, REDUCTIONS, LossParams, WeightParams, schema
 from .stats import FIELDS
 
-_SAMPLE, _NONE = REDUCTIONS["sample"], REDUCTIONS["none"]
+_SAMPLE = REDUCTIONS["sample"]
 _PLAIN_OR_NONE = frozenset((*PLAIN_TYPES, type(None)))
-
-
-def _chosen(x: Tensor) -> str:
-    """The back end of a call with this tensor. Compiled code runs operators, which choose when they run."""
-    return "operators" if torch.compiler.is_compiling() else backends.choose(x.device)
+_DIFFERENTIABLE = NAMES[:3]
+_NOTHING: Needs = (False, False, False)
 
 
 def _traced(*operands: Tensor | None) -> bool:
@@ -68,9 +66,7 @@ def _operator(operator: Any, operands: Mapping[str, Tensor | None], differentiab
 
 def _refuse_tangents(*inputs: Tensor) -> None:
     """Forward-mode differentiation would otherwise take the loss for a constant."""
-    if getattr(forward_ad, _DUAL_LEVEL) >= 0 and any(
-        forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs
-    ):
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs):
         raise RuntimeError("fdistill_ops: forward-mode derivatives are not supported; use backward()")
 
 
@@ -124,16 +120,15 @@ def _scaled(gradient: Tensor, scale: Tensor, upstream: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- operators
 
 _lib = torch.library.Library("fdistill", "DEF")
-_TENSORS = (
-    "Tensor? weight, Tensor? teacher_uncond, Tensor? guidance, Tensor? mask, "
-    "Tensor? x_t, Tensor? alpha, Tensor? sigma, Tensor? normalizer_rows"
-)
-_N_TENSORS, _N_LOSS, _N_WEIGHT = 8, len(LossParams._fields), len(WeightParams._fields)
 
 
-def _serving(x: Tensor) -> Any:
+def _optional(names: Sequence[str]) -> str:
+    return ", ".join(f"Tensor? {name}" for name in names)
+
+
+def _serving(x: Tensor) -> str:
     """The back end that an operator runs on."""
-    return backends.kernels(backends.choose(x.device))
+    return backends.choose(x.device)
 
 
 def _on_one_device(operands: Mapping[str, Tensor | None]) -> None:
@@ -151,55 +146,23 @@ def _define(name: str, arguments: str, returns: str, kernel: Callable[..., Any],
     register_fake(f"fdistill::{name}", fake, lib=_lib)
 
 
-def _register_autograd(name: str, n_inputs: int, gradients: slice, inputs: Sequence[int]) -> None:
-    """``gradients`` of the outputs, followed by their scale, are the derivatives with respect to those inputs."""
-
-    wanted = inputs
-
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.inputs = [weakref.ref(inputs[index]) for index in wanted]
-        ctx.save_for_backward(output[gradients.stop], *output[gradients])
-
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        scale, *saved = ctx.saved_tensors
-        result: list[Tensor | None] = [None] * n_inputs
-        needed = [(i, g) for i, g in zip(wanted, saved, strict=True) if ctx.needs_input_grad[i]]
-        twice = torch.is_grad_enabled()  # create_graph=True
-        with torch.no_grad():
-            scaled = [_scaled(gradient, scale, upstream) for _, gradient in needed]
-        if twice:
-            scaled = refuse_double_backward(scaled, ctx.inputs, upstream)
-        for (index, _), gradient in zip(needed, scaled, strict=True):
-            result[index] = gradient
-        return tuple(result)
-
-    register_autograd(f"fdistill::{name}", backward, setup_context=setup_context, lib=_lib)
-
-
 def _present(outputs: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """Outputs as an operator must return them: a tensor each, empty for what a back end left out."""
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in outputs)
 
 
-def _fake_loss(
-    x: Tensor, dtype: torch.dtype, params: LossParams, gradients: Sequence[Tensor | None]
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """loss, gradients, the scale of float16 gradients, stats."""
-    per_sample = params.reduction == _SAMPLE
-    loss = x.new_empty(x.shape[:1] if per_sample else (), dtype=dtype)
-    half = any(tensor is not None and tensor.dtype == torch.float16 for tensor in gradients)
-    scale = x.new_empty(x.shape[0], dtype=dtype) if half else x.new_empty(0)
-    stats = x.new_empty(len(FIELDS), dtype=dtype) if params.need_stats else x.new_empty(0)
-    saved = [x.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in gradients]
-    return loss, saved, scale, stats
-
-
 # f_weights ------------------------------------------------------------------------------------------------------------
+
+
+def _weight_call(logits: Tensor, t: Tensor | None, bins: Tensor | None, numbers: Sequence[Any]) -> WeightCall:
+    params = WeightParams(*numbers)
+    return WeightCall(logits, t, bins, divergence_of(params.kind, params.a), params, _serving(logits))
 
 
 def _f_weights(logits: Tensor, t: Tensor | None, bins: Tensor | None, *numbers: Any) -> Any:
     _on_one_device({"logits": logits, "t": t, "histogram": bins})
-    return _present(_serving(logits).f_weights(logits, t, bins, WeightParams(*numbers)), logits)
+    call = _weight_call(logits, t, bins, numbers)
+    return _present(backends.kernels(call.backend).f_weights(call), logits)
 
 
 def _f_weights_fake(logits: Tensor, t: Tensor | None, bins: Tensor | None, *numbers: Any) -> Any:
@@ -220,202 +183,155 @@ _define(
 )
 
 
-def weights(
-    logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """weights [B], the new histogram (empty without one), [ratio mean, clipped low, clipped high] (float64)."""
-    backend = _chosen(logits)
-    if backend == "reference":
-        return _reference.weights(logits, t, bins, params)
-    if _traced(logits, t, bins):
-        operands = {"logits": logits, "t": t, "histogram": bins}
-        return _operator(torch.ops.fdistill.f_weights, operands, (), *params)
-    return backends.kernels(backend).f_weights(logits, t, bins, params)
+def f_weights(call: WeightCall) -> WeightResult:
+    """The f-weights of a divergence that kernels know, within this process."""
+    if call.backend == "reference":
+        return _reference.f_weights(call)
+    if _traced(call.logits, call.t, call.bins):
+        return WeightResult(*_operator(torch.ops.fdistill.f_weights, call.named(), (), *call.params))
+    return backends.kernels(call.backend).f_weights(call)
 
 
-# distribution matching ------------------------------------------------------------------------------------------------
+# loss -----------------------------------------------------------------------------------------------------------------
+
+_SOURCES = ("logits", "t", "bins")
+_RETURNS = ("loss", "d_x", "d_teacher", "d_fake", "gradient_scale", "stats", "new_bins")
 
 
-def _distribution_matching(x: Tensor, teacher: Tensor, fake: Tensor, *rest: Any) -> Any:
-    tensors, params, need_grad = rest[:_N_TENSORS], LossParams(*rest[_N_TENSORS:-1]), rest[-1]
-    _on_one_device(named(x, teacher, fake, tensors))
-    return _present(_serving(x).distribution_matching(x, teacher, fake, tensors, params, need_grad), x)
+class _Arguments:
+    """The arguments of the operator, apart."""
+
+    def __init__(self, *values: Any) -> None:
+        remaining = iter(values)
+
+        def take(n: int) -> list[Any]:
+            return [next(remaining) for _ in range(n)]
+
+        self.operands = Operands(*take(len(NAMES)))
+        self.sources = take(len(_SOURCES))
+        self.weight_numbers = take(len(WeightParams._fields))
+        self.params = LossParams(*take(len(LossParams._fields)))
+        self.needs: Needs = tuple(remaining)
+
+    def named(self) -> dict[str, Tensor | None]:
+        return self.operands.named() | dict(zip(("logits", "t", "histogram"), self.sources, strict=True))
+
+    def call(self) -> LossCall:
+        logits, t, bins = self.sources
+        weights = None if logits is None else _weight_call(logits, t, bins, self.weight_numbers)
+        return LossCall(self.operands, self.params, _serving(self.operands.x), weights)
 
 
-def _distribution_matching_fake(x: Tensor, teacher: Tensor, fake: Tensor, *rest: Any) -> Any:
-    params, need_grad = LossParams(*rest[_N_TENSORS:-1]), rest[-1]
-    dtype = compute_dtype(x, teacher, fake, rest[1], rest[4])
-    loss, (gradient,), scale, stats = _fake_loss(x, dtype, params, [x if need_grad else None])
-    return loss, gradient, scale, stats
+def _loss(*values: Any) -> Any:
+    given = _Arguments(*values)
+    _on_one_device(given.named())
+    call = given.call()
+    result = backends.kernels(call.backend).loss(call, given.needs)
+    return _present((result.loss, *result.gradients, *result[2:]), call.operands.x)
+
+
+def _loss_fake(*values: Any) -> Any:
+    given = _Arguments(*values)
+    x, params, bins = given.operands.x, given.params, given.sources[-1]
+    dtype, nothing = given.operands.compute_dtype(), x.new_empty(0)
+    wanted = [v if need else None for v, need in zip(given.operands[:3], given.needs, strict=True)]
+    half = any(tensor is not None and tensor.dtype == torch.float16 for tensor in wanted)
+    return (
+        x.new_empty(x.shape[:1] if params.reduction == _SAMPLE else (), dtype=dtype),
+        *(x.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in wanted),
+        x.new_empty(x.shape[0], dtype=dtype) if half else x.new_empty(0),
+        x.new_empty(len(FIELDS), dtype=dtype) if params.need_stats else x.new_empty(0),
+        nothing if bins is None else torch.empty_like(bins),
+    )
 
 
 _define(
-    "distribution_matching",
-    f"Tensor x, Tensor teacher, Tensor fake, {_TENSORS}, {schema(LossParams)}, bool need_grad",
-    "Tensor loss, Tensor gradient, Tensor gradient_scale, Tensor stats",
-    _distribution_matching,
-    _distribution_matching_fake,
+    "loss",
+    f"Tensor x, Tensor teacher, Tensor fake, {_optional(NAMES[3:])}, {_optional(_SOURCES)}, "
+    f"{schema(WeightParams, 'weight_')}, {schema(LossParams, 'loss_')}, bool need_x, bool need_teacher, bool need_fake",
+    ", ".join(f"Tensor {name}" for name in _RETURNS),
+    _loss,
+    _loss_fake,
 )
-_register_autograd("distribution_matching", 3 + _N_TENSORS + _N_LOSS + 1, slice(1, 2), [0])
 
 
-def distribution_matching(
-    x: Tensor, teacher: Tensor, fake: Tensor, tensors: OptionalTensors, params: LossParams
-) -> tuple[Tensor, Tensor]:
-    """The loss, differentiable in x, and the statistics (empty where none were asked for)."""
-    backend = _chosen(x)
-    if backend == "reference":
-        return _reference.distribution_matching(x, teacher, fake, tensors, params)
-    need_grad = x.requires_grad and torch.is_grad_enabled()
-    _refuse_tangents(x)
-    if _traced(x, teacher, fake, *tensors):
-        operands = named(x, teacher, fake, tensors)
-        loss, _, _, stats = _operator(torch.ops.fdistill.distribution_matching, operands, ("x",), *params, need_grad)
-        return loss, stats.detach()
-    kernels = backends.kernels(backend)
-    loss, gradient, scale, stats = kernels.distribution_matching(x, teacher, fake, tensors, params, need_grad)
-    return (_attach(kernels, (loss,), (gradient,), scale, x) if need_grad else loss), stats
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    _, *gradients, scale, _, _ = output
+    ctx.n, ctx.wanted = len(inputs), inputs[-3:]
+    ctx.inputs = [weakref.ref(tensor) for tensor in inputs[:3]]
+    ctx.save_for_backward(scale, *gradients)
 
 
-def difference(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    tensors: OptionalTensors,
-    params: LossParams,
-    out: Tensor | None,
-) -> Tensor:
+def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    scale, *gradients = ctx.saved_tensors
+    result: list[Tensor | None] = [None] * ctx.n
+    places = [i for i, wanted in enumerate(ctx.wanted) if wanted and ctx.needs_input_grad[i]]
+    twice = torch.is_grad_enabled()  # create_graph=True
+    with torch.no_grad():
+        scaled = [_scaled(gradients[i], scale, upstream) for i in places]
+    if twice:
+        scaled = refuse_double_backward(scaled, ctx.inputs, upstream)
+    for i, gradient in zip(places, scaled, strict=True):
+        result[i] = gradient
+    return tuple(result)
+
+
+register_autograd("fdistill::loss", _backward, setup_context=_save, lib=_lib)
+
+
+def _traced_loss(call: LossCall, needs: Needs) -> tuple[Tensor, ...]:
+    """The operator's results."""
+    weights = call.weights
+    sources: dict[str, Tensor | None] = dict.fromkeys(_SOURCES) if weights is None else weights.named()
+    numbers = (*(WeightParams() if weights is None else weights.params), *call.params, *needs)
+    differentiable = [name for name, need in zip(_DIFFERENTIABLE, needs, strict=True) if need]
+    return _operator(torch.ops.fdistill.loss, call.operands.named() | sources, differentiable, *numbers)
+
+
+def _is_traced(call: LossCall, *more: Tensor | None) -> bool:
+    weights = call.weights
+    if weights is not None:
+        more = (weights.logits, weights.t, weights.bins, *more)
+    return _traced(*call.operands, *more)
+
+
+def loss(call: LossCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, differentiable in what its rule has derivatives for; the statistics (empty or None unless asked for);
+    and the histogram after this batch (likewise)."""
+    if call.backend == "reference":
+        return _reference.loss(call)
+    x, teacher, fake = call.operands[:3]
+    of_x, of_teacher, of_fake = DERIVATIVES[call.params.rule]
+    needs = _NOTHING
+    if torch.is_grad_enabled():
+        needs = (x.requires_grad, of_teacher and teacher.requires_grad, of_fake and fake.requires_grad)
+    if getattr(forward_ad, _DUAL_LEVEL) >= 0:
+        _refuse_tangents(*(v for v, has in zip((x, teacher, fake), (of_x, of_teacher, of_fake), strict=True) if has))
+    if _is_traced(call):
+        loss, *_, stats, bins = _traced_loss(call, needs)
+        return loss, stats.detach(), bins.detach()
+    kernels = backends.kernels(call.backend)
+    result = kernels.loss(call, needs)
+    if needs == _NOTHING:
+        return result.loss, result.stats, result.bins
+    if needs[1] or needs[2]:
+        places = [i for i in range(3) if needs[i]]
+        gradients = [result.gradients[i] for i in places]
+        inputs = [call.operands[i] for i in places]
+        attached = _attach(kernels, (result.loss,), gradients, result.scale, *inputs)
+    else:
+        attached = _attach(kernels, (result.loss,), result.gradients[:1], result.scale, x)
+    return attached, result.stats, result.bins
+
+
+def difference(call: LossCall, out: Tensor | None) -> Tensor:
     """g itself: the gradient of the sum."""
-    backend = _chosen(x)
-    if backend == "reference":
-        return _reference.difference(x, teacher, fake, tensors, params, out)
-    if _traced(x, teacher, fake, *tensors, out):
+    if call.backend == "reference":
+        return _reference.difference(call, out)
+    if _is_traced(call, out):
+        x = call.operands.x
         with torch.no_grad():
             wide = x.detach().float() if x.dtype is torch.float16 else x  # whose gradients are stored without a scale
-            operands = named(wide, teacher, fake, tensors)
-            _, g, _, _ = _operator(torch.ops.fdistill.distribution_matching, operands, (), *params, True)
+            _, g, *_ = _traced_loss(call._replace(operands=call.operands._replace(x=wide)), (True, False, False))
             return g.to(x.dtype) if out is None else call_named(Tensor.copy_, {"out": out}, g)
-    return backends.kernels(backend).difference(x, teacher, fake, tensors, params, out)
-
-
-# f-distill ------------------------------------------------------------------------------------------------------------
-
-
-def _f_distill(
-    x: Tensor, teacher: Tensor, fake: Tensor, logits: Tensor, t: Tensor | None, bins: Tensor | None, *rest: Any
-) -> Any:
-    tensors, numbers, need_grad = rest[:_N_TENSORS], rest[_N_TENSORS:-1], rest[-1]
-    weight_params, params = WeightParams(*numbers[:_N_WEIGHT]), LossParams(*numbers[_N_WEIGHT:])
-    _on_one_device(named(x, teacher, fake, tensors) | {"logits": logits, "t": t, "histogram": bins})
-    outputs = _serving(x).f_distill(x, teacher, fake, logits, t, bins, tensors, weight_params, params, need_grad)
-    return _present(outputs, x)
-
-
-def _f_distill_fake(
-    x: Tensor, teacher: Tensor, fake: Tensor, logits: Tensor, t: Tensor | None, bins: Tensor | None, *rest: Any
-) -> Any:
-    outputs = _distribution_matching_fake(x, teacher, fake, *rest[:_N_TENSORS], *rest[_N_TENSORS + _N_WEIGHT :])
-    return *outputs, x.new_empty(0) if bins is None else torch.empty_like(bins)
-
-
-_define(
-    "f_distill",
-    f"Tensor x, Tensor teacher, Tensor fake, Tensor logits, Tensor? t, Tensor? bins, {_TENSORS}, "
-    f"{schema(WeightParams, 'weight_')}, {schema(LossParams)}, bool need_grad",
-    "Tensor loss, Tensor gradient, Tensor gradient_scale, Tensor stats, Tensor new_bins",
-    _f_distill,
-    _f_distill_fake,
-)
-_register_autograd("f_distill", 6 + _N_TENSORS + _N_WEIGHT + _N_LOSS + 1, slice(1, 2), [0])
-
-
-def f_distill(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    logits: Tensor,
-    t: Tensor | None,
-    bins: Tensor | None,
-    tensors: OptionalTensors,
-    weight_params: WeightParams,
-    params: LossParams,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss, differentiable in x, the statistics, the new histogram (empty without one)."""
-    backend = _chosen(x)
-    if backend == "reference":
-        return _reference.f_distill(x, teacher, fake, logits, t, bins, tensors, weight_params, params)
-    need_grad = x.requires_grad and torch.is_grad_enabled()
-    _refuse_tangents(x)
-    if _traced(x, teacher, fake, logits, t, bins, *tensors):
-        head = {"x": x, "teacher": teacher, "fake": fake, "logits": logits, "t": t, "histogram": bins}
-        operands = {**head, **dict(zip(OPTIONAL_NAMES, tensors, strict=True))}
-        numbers = (*weight_params, *params, need_grad)
-        loss, _, _, stats, bins = _operator(torch.ops.fdistill.f_distill, operands, ("x",), *numbers)
-        return loss, stats.detach(), bins.detach()
-    kernels = backends.kernels(backend)
-    loss, gradient, scale, stats, bins = kernels.f_distill(
-        x, teacher, fake, logits, t, bins, tensors, weight_params, params, need_grad
-    )
-    return (_attach(kernels, (loss,), (gradient,), scale, x) if need_grad else loss), stats, bins
-
-
-# score identity -------------------------------------------------------------------------------------------------------
-
-
-def _score_identity(
-    x: Tensor, teacher: Tensor, fake: Tensor, weight: Any, mask: Any, normalizer: Any, *rest: Any
-) -> Any:
-    params, need_grads = LossParams(*rest[:_N_LOSS]), rest[_N_LOSS:]
-    inputs = {"x": x, "teacher": teacher, "fake": fake}
-    _on_one_device(inputs | {"weight": weight, "mask": mask, "normalizer": normalizer})
-    return _present(_serving(x).score_identity(x, teacher, fake, weight, mask, normalizer, params, need_grads), x)
-
-
-def _score_identity_fake(
-    x: Tensor, teacher: Tensor, fake: Tensor, weight: Any, mask: Any, normalizer: Any, *rest: Any
-) -> Any:
-    params, need_grads = LossParams(*rest[:_N_LOSS]), rest[_N_LOSS:]
-    wanted = [tensor if need else None for tensor, need in zip((x, teacher, fake), need_grads, strict=True)]
-    loss, gradients, scale, stats = _fake_loss(x, compute_dtype(x, teacher, fake), params, wanted)
-    return loss, *gradients, scale, stats
-
-
-_define(
-    "score_identity",
-    "Tensor x, Tensor teacher, Tensor fake, Tensor? weight, Tensor? mask, Tensor? normalizer_rows, "
-    f"{schema(LossParams)}, bool need_x, bool need_teacher, bool need_fake",
-    "Tensor loss, Tensor d_x, Tensor d_teacher, Tensor d_fake, Tensor gradient_scale, Tensor stats",
-    _score_identity,
-    _score_identity_fake,
-)
-_register_autograd("score_identity", 6 + _N_LOSS + 3, slice(1, 4), [0, 1, 2])
-
-
-def score_identity(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    normalizer: Tensor | None,
-    params: LossParams,
-) -> tuple[Tensor, Tensor]:
-    """The loss, differentiable in x, teacher and fake, and the statistics (empty where none were asked for)."""
-    backend = _chosen(x)
-    if backend == "reference" or params.reduction == _NONE:
-        return _reference.score_identity(x, teacher, fake, weight, mask, normalizer, params)
-    grad_enabled = torch.is_grad_enabled()
-    inputs = (x, teacher, fake)
-    need_grads = [grad_enabled and tensor.requires_grad for tensor in inputs]
-    _refuse_tangents(*inputs)
-    if _traced(*inputs, weight, mask, normalizer):
-        operands = {"x": x, "teacher": teacher, "fake": fake, "weight": weight, "mask": mask, "normalizer": normalizer}
-        numbers = (*params, *need_grads)
-        outputs = _operator(torch.ops.fdistill.score_identity, operands, ("x", "teacher", "fake"), *numbers)
-        return outputs[0], outputs[5].detach()
-    kernels = backends.kernels(backend)
-    loss, *gradients, scale, stats = kernels.score_identity(*inputs, weight, mask, normalizer, params, need_grads)
-    if any(need_grads):
-        wanted = [i for i in range(3) if need_grads[i]]
-        loss = _attach(kernels, (loss,), [gradients[i] for i in wanted], scale, *[inputs[i] for i in wanted])
-    return loss, stats
+    return backends.kernels(call.backend).difference(call, out)

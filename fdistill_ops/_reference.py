@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from . import _checks
 from ._autograd import refuse_double_backward
+from ._call import LossCall, Operands, WeightCall, WeightResult, compute_dtype
 from ._distributed import Reduce, all_reduce
 from ._torch import is_zero
 from ._validation import call_named, floating, refuse_functional, same_device
-from .divergences import Divergence, divergence_of
-from .params import NORMALIZERS, PREDICTIONS, REDUCTIONS, LossParams, WeightParams
+from .params import NORMALIZERS, PREDICTIONS, REDUCTIONS, LossParams
 from .predictions import rows_like, x0_coefficients
 from .stats import FIELDS, RATIO_FIELDS
 
@@ -34,21 +33,16 @@ _MEAN_ABS = NORMALIZERS["mean_abs"]
 # ----------------------------------------------------------------------------------------------------------- f-weights
 
 
-def staged_f_weights(
-    logits: Tensor, t: Tensor | None, bins: Tensor | None, divergence: Divergence, params: WeightParams, reduce: Reduce
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Weights [B], the histogram after this batch, and [ratio mean, clipped low, clipped high]; ``reduce`` sums a
-    vector over the ranks (one call for the histogram, one for the mean)."""
-    named = {"logits": logits, "t": t, "histogram": bins}
-    return call_named(_staged_f_weights, named, divergence, params, reduce)
+def staged_f_weights(call: WeightCall, reduce: Reduce) -> WeightResult:
+    """``reduce`` sums a vector over the ranks (one call for the histogram, one for the mean)."""
+    return call_named(lambda *_: _staged_f_weights(call, reduce), call.named())
 
 
 @torch.no_grad()
-def _staged_f_weights(
-    logits: Tensor, t: Tensor | None, bins: Tensor | None, divergence: Divergence, params: WeightParams, reduce: Reduce
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    logits, t, bins = _in_memory({"logits": logits, "t": t, "histogram.bins": bins})
-    out_dtype = _checks.compute_dtype(logits)
+def _staged_f_weights(call: WeightCall, reduce: Reduce) -> WeightResult:
+    params = call.params
+    logits, t, bins = _in_memory({"logits": call.logits, "t": call.t, "histogram.bins": call.bins})
+    out_dtype = compute_dtype(logits)
     log_r = logits.to(out_dtype)
     log_r = log_r.mean(dim=1).double() if log_r.ndim == 2 else log_r.double()
     finite = log_r.isfinite()
@@ -73,7 +67,7 @@ def _staged_f_weights(
         log_r = log_r - (updated[index] + params.eps).log()
         bins = updated.to(bins.dtype)
 
-    weights = divergence.h_from_log(log_r)
+    weights = call.divergence.h_from_log(log_r)
     counted = finite & weights.isfinite()
     if params.normalize:
         total, count = reduce(torch.stack([torch.where(counted, weights, 0.0).sum(), counted.sum().double()]))
@@ -81,14 +75,12 @@ def _staged_f_weights(
     weights = torch.where(finite, weights, torch.nan).to(out_dtype)
     if params.zero_nonfinite:
         weights = torch.where(weights.isfinite(), weights, 0.0)
-    return weights, bins, ratio_stats
+    return WeightResult(weights, bins, ratio_stats)
 
 
-def weights(
-    logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """:func:`staged_f_weights` of a divergence that is known by its code, within this process."""
-    return staged_f_weights(logits, t, bins, divergence_of(params.kind, params.a), params, all_reduce(None))
+def f_weights(call: WeightCall) -> WeightResult:
+    """:func:`staged_f_weights` within this process."""
+    return staged_f_weights(call, all_reduce(None))
 
 
 def _in_memory(named: Mapping[str, Tensor | None]) -> list[Any]:
@@ -106,106 +98,58 @@ def bounded_exp(log_r: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- losses
 
 
-def distribution_matching(
-    x: Tensor, teacher: Tensor, fake: Tensor, tensors: _checks.OptionalTensors, params: LossParams
-) -> tuple[Tensor, Tensor]:
-    """The loss and the statistics vector, from checked arguments."""
-    named = _checks.named(x, teacher, fake, tensors)
-    return call_named(_distribution_matching, named, params)
+def loss(call: LossCall) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss, differentiable; the statistics (empty unless asked for); and the histogram after this batch."""
+    call, made = weighted(call)
+    value, stats = call_named(lambda *_: _differentiable(call), call.operands.named())
+    if made is not None and call.params.need_stats:
+        stats[RATIO_FIELDS] = made.ratio_stats.to(stats.dtype)
+    return value, stats, None if made is None else made.bins
 
 
-def _distribution_matching(x: Tensor, teacher: Tensor, fake: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    loss, derivatives, stats = matching_with_derivatives(x, teacher, fake, rest[:-1], rest[-1])
-    return WithGradients.apply(loss, derivatives, x), stats
+def _differentiable(call: LossCall) -> tuple[Tensor, Tensor]:
+    value, derivatives, stats = with_derivatives(call)
+    return WithGradients.apply(value, derivatives, *call.operands[: len(derivatives)]), stats
 
 
-@torch.no_grad()
-def matching_with_derivatives(
-    x: Tensor, teacher: Tensor, fake: Tensor, tensors: _checks.OptionalTensors, params: LossParams
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The loss, its derivative with respect to x in the dtype of the arithmetic, and the statistics vector."""
-    g, n, bad = _score_difference(x, teacher, fake, tensors, params)
-    return _reduced(0.5 * g.square(), g, n, bad, x, tensors, params, [g])
-
-
-def f_distill(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    logits: Tensor,
-    t: Tensor | None,
-    bins: Tensor | None,
-    tensors: _checks.OptionalTensors,
-    weight_params: WeightParams,
-    params: LossParams,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss, the statistics vector and the histogram after this batch, from checked arguments."""
-    weight, bins, ratio_stats = weights(logits, t, bins, weight_params)
-    loss, stats = distribution_matching(x, teacher, fake, (weight, *tensors[1:]), params)
-    if params.need_stats:
-        stats[RATIO_FIELDS] = ratio_stats.to(stats.dtype)
-    return loss, stats, bins
+def weighted(call: LossCall) -> tuple[LossCall, WeightResult | None]:
+    """The call with its f-weights as an operand, and what they were made with."""
+    if call.weights is None:
+        return call, None
+    made = f_weights(call.weights)
+    return call._replace(operands=call.operands._replace(weight=made.weights), weights=None), made
 
 
 @torch.no_grad()
-def difference(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    tensors: _checks.OptionalTensors,
-    params: LossParams,
-    out: Tensor | None = None,
-) -> Tensor:
-    """g in x's dtype, 0 outside the mask, from checked arguments."""
-    named = _checks.named(x, teacher, fake, tensors)
-    return call_named(_difference, named | {"out": out}, params)
+def with_derivatives(call: LossCall) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The loss; its derivatives, in the dtype of the arithmetic, with respect to the first operands, as many as the
+    rule has; and the statistics vector. Without logits."""
+    return _RULES[call.params.rule](call.operands, call.params)
 
 
-def _difference(x: Tensor, teacher: Tensor, fake: Tensor, *rest: Any) -> Tensor:
-    tensors: Any = rest[:-2]
-    out, params = rest[-2:]
-    g, _, _ = _score_difference(x, teacher, fake, tensors, params)
-    mask = tensors[3]
+@torch.no_grad()
+def difference(call: LossCall, out: Tensor | None) -> Tensor:
+    """g in x's dtype, 0 outside the mask."""
+    return call_named(lambda *_: _difference(call, out), call.operands.named() | {"out": out})
+
+
+def _difference(call: LossCall, out: Tensor | None) -> Tensor:
+    x, mask = call.operands.x, call.operands.mask
+    g, _, _ = _score_difference(call.operands, call.params)
     g = (g if mask is None else torch.where(mask, g, 0.0)).to(x.dtype)
     return g if out is None else out.copy_(g)
 
 
-def score_identity(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    normalizer: Tensor | None,
-    params: LossParams,
-) -> tuple[Tensor, Tensor]:
-    """The loss and the statistics vector, from checked arguments."""
-    named = {"x": x, "teacher": teacher, "fake": fake, "weight": weight, "mask": mask, "normalizer": normalizer}
-    return call_named(_score_identity, named, params)
+def _distribution_matching(operands: Operands, params: LossParams) -> tuple[Tensor, list[Tensor], Tensor]:
+    g, n, bad = _score_difference(operands, params)
+    return _reduced(0.5 * g.square(), g, n, bad, operands, params, [g])
 
 
-def _score_identity(x: Tensor, teacher: Tensor, fake: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    loss, derivatives, stats = identity_with_derivatives(x, teacher, fake, *rest)
-    return WithGradients.apply(loss, derivatives, x, teacher, fake), stats
-
-
-@torch.no_grad()
-def identity_with_derivatives(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    normalizer: Tensor | None,
-    params: LossParams,
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The loss, its derivatives with respect to x, teacher and fake in the dtype of the arithmetic, and the statistics
-    vector."""
-    tensors = (weight, None, None, mask, None, None, None, normalizer)
-    alpha = params.identity_alpha
-    g, n, _ = _score_difference(x, teacher, fake, tensors, params._replace(zero_nonfinite=False))
-    k = _coefficient(x, n, weight, params, g.dtype)
-    X, T, F = (tensor.to(g.dtype) for tensor in (x, teacher, fake))
+def _score_identity(operands: Operands, params: LossParams) -> tuple[Tensor, list[Tensor], Tensor]:
+    alpha, mask = params.identity_alpha, operands.mask
+    g, n, _ = _score_difference(operands, params._replace(zero_nonfinite=False))
+    k = _coefficient(operands.x, n, operands.weight, params, g.dtype)
+    X, T, F = (tensor.to(g.dtype) for tensor in operands[:3])
     terms = k * (T - F) * ((T - X) - alpha * (T - F))
     d_x = -k * (T - F)
     d_teacher = k * ((T - F) + (T - X) - 2 * alpha * (T - F))
@@ -214,18 +158,18 @@ def identity_with_derivatives(
     bad = (~good if mask is None else ~good & mask).sum()
     if params.zero_nonfinite:
         terms, d_x, d_teacher, d_fake = (torch.where(good, v, 0.0) for v in (terms, d_x, d_teacher, d_fake))
-    return _reduced(terms, d_x, n, bad, x, tensors, params, [d_x, d_teacher, d_fake])
+    return _reduced(terms, d_x, n, bad, operands, params, [d_x, d_teacher, d_fake])
 
 
-@torch.no_grad()
-def _score_difference(
-    x: Tensor, teacher: Tensor, fake: Tensor, tensors: _checks.OptionalTensors, params: LossParams
-) -> tuple[Tensor, Tensor, Tensor]:
+_RULES = (_distribution_matching, _score_identity)  # in the order of params.RULES
+
+
+def _score_difference(operands: Operands, params: LossParams) -> tuple[Tensor, Tensor, Tensor]:
     """g = w_b / (n_b + eps) * (fake - T) in the shape of x, n [B], and how many elements of g on the mask were not
     finite."""
-    x, teacher, fake, *rest = _in_memory(_checks.named(x, teacher, fake, tensors))
-    weight, uncond, guidance, mask, x_t, alpha, sigma, normalizer = rest
-    dtype = _checks.compute_dtype(x, teacher, fake, uncond, x_t)
+    operands = Operands(*_in_memory(operands.named()))
+    x, teacher, fake, weight, uncond, guidance, mask, x_t, alpha, sigma, normalizer = operands
+    dtype = operands.compute_dtype()
     X, T, F = x.to(dtype), teacher.to(dtype), fake.to(dtype)
     if uncond is not None:
         scale = params.guidance_scale if guidance is None else rows_like(guidance, x).to(dtype)
@@ -260,14 +204,13 @@ def _reduced(
     g: Tensor,
     n: Tensor,
     bad: Tensor,
-    x: Tensor,
-    tensors: _checks.OptionalTensors,
+    operands: Operands,
     params: LossParams,
     gradients: list[Tensor],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """The sum of the terms over the mask, over the number of masked elements; each of the gradients over that number,
     on the mask, and 0 elsewhere; and the statistics."""
-    weight, mask = tensors[0], tensors[3]
+    x, weight, mask = operands.x, operands.weight, operands.mask
     on = torch.ones_like(terms, dtype=torch.bool) if mask is None else mask
     flat = (x.shape[0], math.prod(x.shape[1:]))
     per_sample = torch.where(on, terms, 0.0).reshape(flat).double().sum(1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _oracle as oracle
-from ._checks import compute_dtype
+from ._call import compute_dtype
 from .histogram import RatioHistogram
 from .testing import errors_and_tolerances, lay_out, ulp, unit_roundoff
 

@@ -60,10 +60,10 @@ def warmup(
     flag(guidance, "guidance"), flag(mask, "mask"), flag(return_stats, "return_stats")
     prediction = _checks.prediction_name(prediction)
     probe = torch.zeros(1)
-    _checks.f_weights(probe, None, divergence, None, None, None, normalize, 0.0, nonfinite)
+    _checks.f_weights("warmup", probe, None, {"divergence": divergence, "normalize": normalize, "nonfinite": nonfinite})
     if isinstance(normalizer, Tensor):
         raise TypeError("normalizer must be 'mean_abs' or None here")
-    _checks.distribution_matching(probe, probe, probe, normalizer=normalizer, reduction=reduction)
+    _checks.loss("warmup", *(probe,) * 3, {"normalizer": normalizer, "reduction": reduction})
     histogram = None if bins is None else RatioHistogram(0.0, 1.0, bins).to(target)
     logits = torch.zeros((2, heads) if heads > 1 else (2,), device=target)
     t = None if histogram is None else torch.zeros(2, device=target)

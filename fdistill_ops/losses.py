@@ -2,62 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from torch import Tensor
 
-from . import _checks, _composition, _ops, _reference
-from ._validation import number
-from .divergences import Divergence
-from .histogram import RatioHistogram
+from . import _checks, _composition, _reference
+from ._call import LossCall
+from ._options import (
+    DIFFERENCE,
+    F_DIFFERENCE,
+    F_DISTILL,
+    MATCHING,
+    SCORE_IDENTITY,
+    DifferenceOptions,
+    FDifferenceOptions,
+    FDistillOptions,
+    MatchingOptions,
+    ScoreIdentityOptions,
+    takes,
+)
 from .stats import LossStats
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-# What the overloads below share, for type checkers alone.
-class _Common(TypedDict, total=False):
-    mask: Tensor | None
-    normalizer: str | Tensor | None
-    eps: float
-    nonfinite: str
-    weight: Tensor | float | None
-
-
-class _Reduced(_Common, total=False):
-    reduction: str
-
-
-class _Matching(_Common, total=False):
-    teacher_uncond: Tensor | None
-    guidance_scale: float | Tensor | None
-    prediction: str
-    x_t: Tensor | None
-    alpha: Tensor | float | None
-    sigma: Tensor | float | None
-    max_norm: float | None
-
-
-class MatchingOptions(_Matching, _Reduced, total=False):
-    """Keyword arguments of :func:`distribution_matching_loss`, but ``return_stats``."""
-
-
-class FDistillOptions(MatchingOptions, total=False):
-    """Keyword arguments of :func:`f_distill_loss`, but ``return_stats``."""
-
-    divergence: str | Divergence
-    logit_clip: float | None
-    ratio_clip: tuple[float, float] | None
-    histogram: RatioHistogram | None
-    normalize: str | None
-    group: Any
-
-
-class ScoreIdentityOptions(_Reduced, total=False):
-    """Keyword arguments of :func:`score_identity_loss`, but ``return_stats``."""
-
-    alpha: float
 
 
 class ScoreDifference(NamedTuple):
@@ -67,6 +34,12 @@ class ScoreDifference(NamedTuple):
     """[B, ...] in x's shape and dtype: the weighted score difference."""
     weights: Tensor
     """[B]: the f-weights, as :func:`fdistill_ops.f_weights` returns them."""
+
+
+def result(call: LossCall) -> Any:
+    """Of a loss: what its function returns."""
+    loss, stats = _composition.loss(call)
+    return (loss, LossStats(stats)) if stats is not None and call.params.need_stats else loss
 
 
 @overload
@@ -81,26 +54,8 @@ def distribution_matching_loss(
 def distribution_matching_loss(
     x: Tensor, teacher: Tensor, fake: Tensor, *, return_stats: bool, **options: Unpack[MatchingOptions]
 ) -> Tensor | tuple[Tensor, LossStats]: ...
-def distribution_matching_loss(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    *,
-    weight: Tensor | float | None = None,
-    teacher_uncond: Tensor | None = None,
-    guidance_scale: float | Tensor | None = None,
-    mask: Tensor | None = None,
-    prediction: str = "x0",
-    x_t: Tensor | None = None,
-    alpha: Tensor | float | None = None,
-    sigma: Tensor | float | None = None,
-    normalizer: str | Tensor | None = "mean_abs",
-    eps: float = 1e-6,
-    nonfinite: str = "propagate",
-    max_norm: float | None = None,
-    reduction: str = "mean",
-    return_stats: bool = False,
-) -> Any:
+@takes(MatchingOptions, MATCHING)
+def distribution_matching_loss(x: Tensor, teacher: Tensor, fake: Tensor, **options: Any) -> Any:
     """Distribution-matching loss whose gradient is the weighted, normalised score difference (DMD, arXiv 2311.18828,
     eqs. 7-8; DMD2, arXiv 2405.14867; weights of f-distill, arXiv 2502.15681, eq. 6)::
 
@@ -145,47 +100,11 @@ def distribution_matching_loss(
     Raises:
         TypeError, ValueError: naming the argument that is wrong, before any kernel runs.
     """
-    tensors, params = _checks.distribution_matching(
-        x,
-        teacher,
-        fake,
-        weight,
-        teacher_uncond,
-        guidance_scale,
-        mask,
-        prediction,
-        x_t,
-        alpha,
-        sigma,
-        normalizer,
-        eps,
-        nonfinite,
-        reduction,
-        return_stats,
-    )
-    loss, stats = _composition.matching(_ops, (x, teacher, fake), tensors, params, _checks.max_norm(max_norm))
-    return (loss, LossStats(stats)) if return_stats else loss
+    return result(_checks.loss("distribution_matching_loss", x, teacher, fake, options))
 
 
-def score_difference(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    *,
-    weight: Tensor | float | None = None,
-    teacher_uncond: Tensor | None = None,
-    guidance_scale: float | Tensor | None = None,
-    mask: Tensor | None = None,
-    prediction: str = "x0",
-    x_t: Tensor | None = None,
-    alpha: Tensor | float | None = None,
-    sigma: Tensor | float | None = None,
-    normalizer: str | Tensor | None = "mean_abs",
-    eps: float = 1e-6,
-    nonfinite: str = "propagate",
-    max_norm: float | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
+@takes(DifferenceOptions, DIFFERENCE)
+def score_difference(x: Tensor, teacher: Tensor, fake: Tensor, **options: Unpack[DifferenceOptions]) -> Tensor:
     """g of :func:`distribution_matching_loss` itself, for ``x.backward(g)``; 0 outside the mask.
 
     Args:
@@ -199,27 +118,7 @@ def score_difference(
     Raises:
         TypeError, ValueError: naming the argument that is wrong, before any kernel runs.
     """
-    tensors, params = _checks.distribution_matching(
-        x,
-        teacher,
-        fake,
-        weight,
-        teacher_uncond,
-        guidance_scale,
-        mask,
-        prediction,
-        x_t,
-        alpha,
-        sigma,
-        normalizer,
-        eps,
-        nonfinite,
-        "sum",
-    )
-    limit, inputs = _checks.max_norm(max_norm), (x, teacher, fake)
-    if out is not None:
-        _checks.output(out, *inputs, *tensors)
-    return _composition.difference(_ops, inputs, tensors, params, limit, out)
+    return _composition.difference(*_checks.difference("score_difference", x, teacher, fake, {**options}))
 
 
 @overload
@@ -255,33 +154,9 @@ def f_distill_loss(
     return_stats: bool,
     **options: Unpack[FDistillOptions],
 ) -> Tensor | tuple[Tensor, LossStats]: ...
+@takes(FDistillOptions, F_DISTILL)
 def f_distill_loss(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    logits: Tensor,
-    t: Tensor | None = None,
-    *,
-    divergence: str | Divergence = "js",
-    logit_clip: float | None = 10.0,
-    ratio_clip: tuple[float, float] | None = (0.1, 20.0),
-    histogram: RatioHistogram | None = None,
-    normalize: str | None = "mean",
-    group: Any = None,
-    weight: Tensor | float | None = None,
-    teacher_uncond: Tensor | None = None,
-    guidance_scale: float | Tensor | None = None,
-    mask: Tensor | None = None,
-    prediction: str = "x0",
-    x_t: Tensor | None = None,
-    alpha: Tensor | float | None = None,
-    sigma: Tensor | float | None = None,
-    normalizer: str | Tensor | None = "mean_abs",
-    eps: float = 1e-6,
-    nonfinite: str = "propagate",
-    max_norm: float | None = None,
-    reduction: str = "mean",
-    return_stats: bool = False,
+    x: Tensor, teacher: Tensor, fake: Tensor, logits: Tensor, t: Tensor | None = None, **options: Any
 ) -> Any:
     """The f-distill loss (arXiv 2502.15681, Algorithm 1): :func:`distribution_matching_loss` with the weights of
     :func:`fdistill_ops.f_weights`, in one call.
@@ -300,57 +175,17 @@ def f_distill_loss(
     Raises:
         TypeError, ValueError: naming the argument that is wrong; the histogram has not changed then.
     """
-    call = _checks.f_weights(logits, t, divergence, logit_clip, ratio_clip, histogram, normalize, eps, nonfinite, group)
-    tensors, params = _checks.distribution_matching(
-        x,
-        teacher,
-        fake,
-        weight,
-        teacher_uncond,
-        guidance_scale,
-        mask,
-        prediction,
-        x_t,
-        alpha,
-        sigma,
-        normalizer,
-        eps,
-        nonfinite,
-        reduction,
-        return_stats,
-    )
-    _checks.same_batch(call.logits, x)
-    limit, inputs = _checks.max_norm(max_norm), (x, teacher, fake)
-    loss, stats = _composition.f_distill(_ops, inputs, call, tensors, params, limit)
-    return (loss, LossStats(stats)) if return_stats else loss
+    return result(_checks.f_distill("f_distill_loss", x, teacher, fake, logits, t, options))
 
 
+@takes(FDifferenceOptions, F_DIFFERENCE)
 def f_score_difference(
     x: Tensor,
     teacher: Tensor,
     fake: Tensor,
     logits: Tensor,
     t: Tensor | None = None,
-    *,
-    divergence: str | Divergence = "js",
-    logit_clip: float | None = 10.0,
-    ratio_clip: tuple[float, float] | None = (0.1, 20.0),
-    histogram: RatioHistogram | None = None,
-    normalize: str | None = "mean",
-    group: Any = None,
-    weight: Tensor | float | None = None,
-    teacher_uncond: Tensor | None = None,
-    guidance_scale: float | Tensor | None = None,
-    mask: Tensor | None = None,
-    prediction: str = "x0",
-    x_t: Tensor | None = None,
-    alpha: Tensor | float | None = None,
-    sigma: Tensor | float | None = None,
-    normalizer: str | Tensor | None = "mean_abs",
-    eps: float = 1e-6,
-    nonfinite: str = "propagate",
-    max_norm: float | None = None,
-    out: Tensor | None = None,
+    **options: Unpack[FDifferenceOptions],
 ) -> ScoreDifference:
     """g of :func:`f_distill_loss` itself, for ``x.backward(g)``, and the f-weights it was made with.
 
@@ -364,29 +199,8 @@ def f_score_difference(
     Raises:
         TypeError, ValueError: naming the argument that is wrong; the histogram has not changed then.
     """
-    call = _checks.f_weights(logits, t, divergence, logit_clip, ratio_clip, histogram, normalize, eps, nonfinite, group)
-    tensors, params = _checks.distribution_matching(
-        x,
-        teacher,
-        fake,
-        weight,
-        teacher_uncond,
-        guidance_scale,
-        mask,
-        prediction,
-        x_t,
-        alpha,
-        sigma,
-        normalizer,
-        eps,
-        nonfinite,
-        "sum",
-    )
-    _checks.same_batch(call.logits, x)
-    limit, inputs = _checks.max_norm(max_norm), (x, teacher, fake)
-    if out is not None:
-        _checks.output(out, *inputs, *tensors, call=call)
-    return ScoreDifference(*_composition.f_difference(_ops, inputs, call, tensors, params, limit, out))
+    call, out = _checks.f_difference("f_score_difference", x, teacher, fake, logits, t, {**options})
+    return ScoreDifference(*_composition.f_difference(call, out))
 
 
 @overload
@@ -406,20 +220,8 @@ def score_identity_loss(
 def score_identity_loss(
     x: Tensor, teacher: Tensor, fake: Tensor, *, return_stats: bool, **options: Unpack[ScoreIdentityOptions]
 ) -> Tensor | tuple[Tensor, LossStats]: ...
-def score_identity_loss(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    *,
-    alpha: float = 1.0,
-    weight: Tensor | float | None = None,
-    mask: Tensor | None = None,
-    normalizer: str | Tensor | None = "mean_abs",
-    eps: float = 1e-6,
-    nonfinite: str = "propagate",
-    reduction: str = "mean",
-    return_stats: bool = False,
-) -> Any:
+@takes(ScoreIdentityOptions, SCORE_IDENTITY)
+def score_identity_loss(x: Tensor, teacher: Tensor, fake: Tensor, **options: Any) -> Any:
     """Score-identity loss (SiD, Zhou et al., arXiv 2404.04057, eq. 23)::
 
         n_b = mean |x - T| over all dimensions of sample b, detached
@@ -442,22 +244,7 @@ def score_identity_loss(
     Raises:
         TypeError, ValueError: naming the argument that is wrong, before any kernel runs.
     """
-    tensors, params = _checks.distribution_matching(
-        x,
-        teacher,
-        fake,
-        weight,
-        mask=mask,
-        normalizer=normalizer,
-        eps=eps,
-        nonfinite=nonfinite,
-        reduction=reduction,
-        return_stats=return_stats,
-        identity_alpha=number(alpha, "alpha"),
-    )
-    weight, _, _, mask, _, _, _, rows = tensors
-    loss, stats = _ops.score_identity(x, teacher, fake, weight, mask, rows, params)
-    return (loss, LossStats(stats)) if return_stats else loss
+    return result(_checks.score_identity("score_identity_loss", x, teacher, fake, options))
 
 
 def gan_generator_loss(logits: Tensor) -> Tensor:

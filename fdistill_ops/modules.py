@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._options import FDistillOptions
 from .divergences import Divergence, get_divergence
 from .histogram import RatioHistogram
-from .losses import FDistillOptions, f_distill_loss
+from .losses import f_distill_loss
 from .stats import LossStats
 from .weights import f_weights
 
@@ -66,8 +67,7 @@ class FDistillLoss(torch.nn.Module):
             "reduction": reduction,
         }
         probe = torch.zeros(1)
-        _checks.f_weights(probe, None, self.divergence, logit_clip, ratio_clip, None, normalize, eps, nonfinite)
-        _checks.distribution_matching(probe, probe, probe, normalizer=normalizer, reduction=reduction)
+        _checks.f_distill("FDistillLoss", *(probe,) * 4, None, {"divergence": divergence, **self.settings})
 
     @overload
     def forward(

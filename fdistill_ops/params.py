@@ -14,6 +14,10 @@ PREDICTION_ALIASES = {"sample": "x0", "epsilon": "eps", "v_prediction": "v", "fl
 REDUCTIONS = {"mean": 0, "sum": 1, "sample": 2, "none": 3}
 """Kernels know the first three."""
 NORMALIZERS = {None: 0, "mean_abs": 1, "tensor": 2}
+RULES = {"distribution_matching": 0, "score_identity": 1}
+"""What a loss computes from x, teacher, fake and their coefficient."""
+DERIVATIVES = ((True, False, False), (True, True, True))
+"""Of each rule: whether it has one with respect to x, teacher and fake."""
 
 
 class WeightParams(NamedTuple):
@@ -32,7 +36,7 @@ class WeightParams(NamedTuple):
 
 
 class LossParams(NamedTuple):
-    """Numbers of the losses. ``identity_alpha`` belongs to the score-identity loss alone."""
+    """Numbers of the losses. ``identity_alpha`` belongs to the rule score_identity alone."""
 
     guidance_scale: float = 1.0
     prediction: int = 0
@@ -42,6 +46,7 @@ class LossParams(NamedTuple):
     reduction: int = 0
     identity_alpha: float = 1.0
     need_stats: bool = False
+    rule: int = 0
 
 
 def schema(record: type, prefix: str = "") -> str:

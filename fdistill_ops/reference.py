@@ -11,14 +11,25 @@ from typing import Any
 
 from torch import Tensor
 
-from . import _checks, _composition, _reference
+from . import _checks, _composition
+from ._options import (
+    DIFFERENCE,
+    F_DIFFERENCE,
+    F_DISTILL,
+    MATCHING,
+    SCORE_IDENTITY,
+    WEIGHTS,
+    DifferenceOptions,
+    FDifferenceOptions,
+    FDistillOptions,
+    MatchingOptions,
+    ScoreIdentityOptions,
+    WeightOptions,
+    takes,
+)
 from ._reference import gan_discriminator_loss, gan_generator_loss
-from ._validation import number
-from .divergences import Divergence
-from .histogram import RatioHistogram
-from .losses import ScoreDifference
+from .losses import ScoreDifference, result
 from .predictions import to_x0
-from .stats import LossStats
 
 __all__ = [
     "distribution_matching_loss",
@@ -33,145 +44,45 @@ __all__ = [
 ]
 
 
-def f_weights(
-    logits: Tensor,
-    t: Tensor | None = None,
-    *,
-    divergence: str | Divergence = "js",
-    logit_clip: float | None = 10.0,
-    ratio_clip: tuple[float, float] | None = (0.1, 20.0),
-    histogram: RatioHistogram | None = None,
-    normalize: str | None = "mean",
-    eps: float = 1e-6,
-    nonfinite: str = "propagate",
-    group: Any = None,
-) -> Tensor:
+_NAME = "reference"
+
+
+@takes(WeightOptions, WEIGHTS)
+def f_weights(logits: Tensor, t: Tensor | None = None, **options: Any) -> Tensor:
     """See :func:`fdistill_ops.f_weights`."""
-    call = _checks.f_weights(logits, t, divergence, logit_clip, ratio_clip, histogram, normalize, eps, nonfinite, group)
-    weights, bins, _ = _composition.weights(_reference, call)
-    call.record(bins)
-    return weights
+    return _composition.f_weights(_checks.f_weights("f_weights", logits, t, options, _NAME))
 
 
-def distribution_matching_loss(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    *,
-    max_norm: float | None = None,
-    return_stats: bool = False,
-    **loss_arguments: Any,
-) -> Any:
+@takes(MatchingOptions, MATCHING)
+def distribution_matching_loss(x: Tensor, teacher: Tensor, fake: Tensor, **options: Any) -> Any:
     """See :func:`fdistill_ops.distribution_matching_loss`."""
-    tensors, params = _checks.distribution_matching(x, teacher, fake, return_stats=return_stats, **loss_arguments)
-    limit = _checks.max_norm(max_norm)
-    loss, stats = _composition.matching(_reference, (x, teacher, fake), tensors, params, limit)
-    return (loss, LossStats(stats)) if return_stats else loss
+    return result(_checks.loss("distribution_matching_loss", x, teacher, fake, options, _NAME))
 
 
+@takes(FDistillOptions, F_DISTILL)
 def f_distill_loss(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    logits: Tensor,
-    t: Tensor | None = None,
-    *,
-    divergence: str | Divergence = "js",
-    logit_clip: float | None = 10.0,
-    ratio_clip: tuple[float, float] | None = (0.1, 20.0),
-    histogram: RatioHistogram | None = None,
-    normalize: str | None = "mean",
-    group: Any = None,
-    max_norm: float | None = None,
-    eps: float = 1e-6,
-    nonfinite: str = "propagate",
-    return_stats: bool = False,
-    **loss_arguments: Any,
+    x: Tensor, teacher: Tensor, fake: Tensor, logits: Tensor, t: Tensor | None = None, **options: Any
 ) -> Any:
     """See :func:`fdistill_ops.f_distill_loss`."""
-    call = _checks.f_weights(logits, t, divergence, logit_clip, ratio_clip, histogram, normalize, eps, nonfinite, group)
-    shared = {"eps": eps, "nonfinite": nonfinite, "return_stats": return_stats}
-    tensors, params = _checks.distribution_matching(x, teacher, fake, **{**loss_arguments, **shared})
-    _checks.same_batch(call.logits, x)
-    limit, inputs = _checks.max_norm(max_norm), (x, teacher, fake)
-    loss, stats = _composition.f_distill(_reference, inputs, call, tensors, params, limit)
-    return (loss, LossStats(stats)) if return_stats else loss
+    return result(_checks.f_distill("f_distill_loss", x, teacher, fake, logits, t, options, _NAME))
 
 
-def score_difference(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    *,
-    max_norm: float | None = None,
-    out: Tensor | None = None,
-    **loss_arguments: Any,
-) -> Tensor:
+@takes(DifferenceOptions, DIFFERENCE)
+def score_difference(x: Tensor, teacher: Tensor, fake: Tensor, **options: Any) -> Tensor:
     """See :func:`fdistill_ops.score_difference`."""
-    tensors, params = _checks.distribution_matching(x, teacher, fake, reduction="sum", **loss_arguments)
-    limit, inputs = _checks.max_norm(max_norm), (x, teacher, fake)
-    if out is not None:
-        _checks.output(out, *inputs, *tensors)
-    return _composition.difference(_reference, inputs, tensors, params, limit, out)
+    return _composition.difference(*_checks.difference("score_difference", x, teacher, fake, options, _NAME))
 
 
+@takes(FDifferenceOptions, F_DIFFERENCE)
 def f_score_difference(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    logits: Tensor,
-    t: Tensor | None = None,
-    *,
-    divergence: str | Divergence = "js",
-    logit_clip: float | None = 10.0,
-    ratio_clip: tuple[float, float] | None = (0.1, 20.0),
-    histogram: RatioHistogram | None = None,
-    normalize: str | None = "mean",
-    group: Any = None,
-    max_norm: float | None = None,
-    eps: float = 1e-6,
-    nonfinite: str = "propagate",
-    out: Tensor | None = None,
-    **loss_arguments: Any,
+    x: Tensor, teacher: Tensor, fake: Tensor, logits: Tensor, t: Tensor | None = None, **options: Any
 ) -> ScoreDifference:
     """See :func:`fdistill_ops.f_score_difference`."""
-    call = _checks.f_weights(logits, t, divergence, logit_clip, ratio_clip, histogram, normalize, eps, nonfinite, group)
-    shared = {"eps": eps, "nonfinite": nonfinite, "reduction": "sum"}
-    tensors, params = _checks.distribution_matching(x, teacher, fake, **{**loss_arguments, **shared})
-    _checks.same_batch(call.logits, x)
-    limit, inputs = _checks.max_norm(max_norm), (x, teacher, fake)
-    if out is not None:
-        _checks.output(out, *inputs, *tensors, call=call)
-    return ScoreDifference(*_composition.f_difference(_reference, inputs, call, tensors, params, limit, out))
+    call, out = _checks.f_difference("f_score_difference", x, teacher, fake, logits, t, options, _NAME)
+    return ScoreDifference(*_composition.f_difference(call, out))
 
 
-def score_identity_loss(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    *,
-    alpha: float = 1.0,
-    weight: Tensor | float | None = None,
-    mask: Tensor | None = None,
-    normalizer: str | Tensor | None = "mean_abs",
-    eps: float = 1e-6,
-    nonfinite: str = "propagate",
-    reduction: str = "mean",
-    return_stats: bool = False,
-) -> Any:
+@takes(ScoreIdentityOptions, SCORE_IDENTITY)
+def score_identity_loss(x: Tensor, teacher: Tensor, fake: Tensor, **options: Any) -> Any:
     """See :func:`fdistill_ops.score_identity_loss`."""
-    (weight, _, _, mask, _, _, _, rows), params = _checks.distribution_matching(
-        x,
-        teacher,
-        fake,
-        weight=weight,
-        mask=mask,
-        normalizer=normalizer,
-        eps=eps,
-        nonfinite=nonfinite,
-        reduction=reduction,
-        return_stats=return_stats,
-        identity_alpha=number(alpha, "alpha"),
-    )
-    loss, stats = _reference.score_identity(x, teacher, fake, weight, mask, rows, params)
-    return (loss, LossStats(stats)) if return_stats else loss
+    return result(_checks.score_identity("score_identity_loss", x, teacher, fake, options, _NAME))

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from . import _checks, _composition, _ops
-from .divergences import Divergence
-from .histogram import RatioHistogram
+from . import _checks, _composition
+from ._options import WEIGHTS, WeightOptions, takes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-def f_weights(
-    logits: Tensor,
-    t: Tensor | None = None,
-    *,
-    divergence: str | Divergence = "js",
-    logit_clip: float | None = 10.0,
-    ratio_clip: tuple[float, float] | None = (0.1, 20.0),
-    histogram: RatioHistogram | None = None,
-    normalize: str | None = "mean",
-    eps: float = 1e-6,
-    nonfinite: str = "propagate",
-    group: Any = None,
-) -> Tensor:
+@takes(WeightOptions, WEIGHTS)
+def f_weights(logits: Tensor, t: Tensor | None = None, **options: Unpack[WeightOptions]) -> Tensor:
     """f-distill weights h(r) of a batch, from a discriminator's logits (f-distill, arXiv 2502.15681, Algorithm 1).
 
     Averages the heads, clips the log-ratio, divides by the histogram of the ratio over time, applies
@@ -51,7 +42,4 @@ def f_weights(
     Raises:
         TypeError, ValueError: naming the argument that is wrong; the histogram has not changed then.
     """
-    call = _checks.f_weights(logits, t, divergence, logit_clip, ratio_clip, histogram, normalize, eps, nonfinite, group)
-    weights, bins, _ = _composition.weights(_ops, call)
-    call.record(bins)
-    return weights
+    return _composition.f_weights(_checks.f_weights("f_weights", logits, t, {**options}))

@@ -24,8 +24,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from fdistill_ops import get_divergence
+from fdistill_ops._call import LossCall, Operands, WeightCall
 from fdistill_ops.backends import triton as backend
-from fdistill_ops.params import LossParams, WeightParams
+from fdistill_ops.params import PREDICTIONS, REDUCTIONS, RULES, LossParams, WeightParams
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -106,35 +108,46 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, batch: int = 4) -> dict[st
     broadcast = torch.empty(batch, 1, *shape[1:], dtype=torch.bool).expand(batch, *shape)
     other = torch.bfloat16 if dtype is torch.float32 else torch.float32
 
-    def matching(inputs: Any = inputs, reduction: int = 0, **tensors: Any) -> Any:
-        names = ("weight", "uncond", "guidance", "mask", "x_t", "alpha", "sigma", "normalizer")
-        params = LossParams(prediction=2 if "x_t" in tensors else 0, reduction=reduction, need_stats=True)
-        return lambda: backend.distribution_matching(*inputs, tuple(map(tensors.get, names)), params, True)
+    def loss(rule: str = "distribution_matching", sources: Any = None, **tensors: Any) -> Any:
+        operands = Operands(**dict(zip(("x", "teacher", "fake"), inputs, strict=True)) | tensors)
+        prediction = PREDICTIONS["v" if "x_t" in tensors else "x0"]
+        identity = rule == "score_identity"
+        params = LossParams(prediction=prediction, need_stats=True, rule=RULES[rule])
+        needs = (True, identity, identity)
 
-    none = (None,) * 8
-    plain, counted = LossParams(), LossParams(need_stats=True)
+        def call(**numbers: Any) -> Any:
+            weights = None if sources is None else weighting(*sources)
+            return serve.loss(LossCall(operands, params._replace(**numbers), "triton", weights), needs)
+
+        return call
+
+    def weighting(logits: Any, t: Any, bins: Any) -> WeightCall:
+        return WeightCall(logits, t, bins, get_divergence("js"), WeightParams(), "triton")
+
+    serve = backend.backend
+    total = LossCall(Operands(*inputs), LossParams(reduction=REDUCTIONS["sum"]), "triton")
+    f_distill, sample = loss(sources=(logits[:, 0], None, None)), REDUCTIONS["sample"]
+    broadcast_mask = loss(mask=broadcast)
     return {
-        "f_distill": lambda: backend.f_distill(*inputs, logits[:, 0], None, None, none, WeightParams(), plain, True),
-        "f_distill, statistics": lambda: backend.f_distill(
-            *inputs, logits, t, bins, none, WeightParams(), counted, True
+        "f_distill": lambda: f_distill(need_stats=False),
+        "f_distill, statistics": loss(sources=(logits, t, bins)),
+        "matching": loss(),
+        "difference": lambda: serve.difference(total, None),
+        "guided": loss(teacher_uncond=uncond, guidance_scale=schedule),
+        "converted": loss(x_t=x_t, alpha=schedule, sigma=schedule),
+        "guided, converted, masked": loss(
+            teacher_uncond=uncond, x_t=x_t, alpha=schedule, sigma=schedule, weight=schedule, mask=mask
         ),
-        "matching": matching(),
-        "difference": lambda: backend.difference(*inputs, none, LossParams(reduction=1), None),
-        "guided": matching(uncond=uncond, guidance=schedule),
-        "converted": matching(x_t=x_t, alpha=schedule, sigma=schedule),
-        "guided, converted, masked": matching(
-            uncond=uncond, x_t=x_t, alpha=schedule, sigma=schedule, weight=schedule, mask=mask
-        ),
-        "broadcast mask": matching(mask=broadcast, reduction=2),
-        "rows": matching(weight=rows, x_t=x_t, alpha=rows, sigma=schedule),
-        "mixed": matching((x, teacher.to(other), fake.to(other))),
-        "score identity": lambda: backend.score_identity(*inputs, schedule, None, None, counted, [True] * 3),
-        "32 bins": lambda: backend.f_distill(*inputs, logits, t, torch.ones(32), none, WeightParams(), counted, True),
-        "many bins": lambda: backend.f_weights(logits, t, torch.ones(1000), WeightParams()),
-        "many bins, float64": lambda: backend.f_weights(logits.double(), t, torch.ones(1000), WeightParams()),
-        "backward": lambda: backend.scale_gradient(x, torch.ones(batch), torch.ones(()), False),
+        "broadcast mask": lambda: broadcast_mask(reduction=sample),
+        "rows": loss(weight=rows, x_t=x_t, alpha=rows, sigma=schedule),
+        "mixed": loss(teacher=teacher.to(other), fake=fake.to(other)),
+        "score identity": loss("score_identity", weight=schedule),
+        "32 bins": loss(sources=(logits, t, torch.ones(32))),
+        "many bins": lambda: serve.f_weights(weighting(logits, t, torch.ones(1000))),
+        "many bins, float64": lambda: serve.f_weights(weighting(logits.double(), t, torch.ones(1000))),
+        "backward": lambda: serve.scale_gradient(x, torch.ones(batch), torch.ones(()), False),
         "backward by sample": lambda: [
-            backend.scale_gradient(x, torch.ones(batch), upstream, False)
+            serve.scale_gradient(x, torch.ones(batch), upstream, False)
             for upstream in (torch.ones(()).expand(batch), torch.ones(batch), torch.ones(2 * batch + 1)[1::2])
         ],
     }

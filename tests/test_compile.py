@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fdistill_ops as fd
 from fdistill_ops import _ops
-from fdistill_ops.params import LossParams, WeightParams
+from fdistill_ops._call import NAMES, Operands
+from fdistill_ops.params import RULES, LossParams, WeightParams
 from fdistill_ops.testing import assert_close, lay_out
 
 pytestmark = pytest.mark.no_poison
@@ -63,26 +64,37 @@ LOSS_CASES: dict[str, tuple[torch.dtype, bool, str, dict[str, Any], tuple[str, .
     "float16 sample": (torch.float16, True, "contiguous", {"reduction": 2, "need_stats": True}, ()),
     "float16 sum": (torch.float16, True, "contiguous", {"reduction": 1}, ()),
     "float64": (torch.float64, True, "sliced", {"zero_nonfinite": True}, ("mask",)),
-    "guidance": (torch.bfloat16, True, "contiguous", {}, ("teacher_uncond", "guidance")),
+    "guidance": (torch.bfloat16, True, "contiguous", {}, ("teacher_uncond", "guidance_scale")),
     "prediction": (torch.float32, True, "channels_last", {"prediction": 2}, ("x_t", "alpha", "sigma")),
     "given normaliser": (torch.float32, True, "contiguous", {"normalizer": 2}, ("normalizer",)),
     "no normaliser": (torch.float32, True, "contiguous", {"normalizer": 0}, ("weight",)),
 }
-ORDER = ("weight", "teacher_uncond", "guidance", "mask", "x_t", "alpha", "sigma", "normalizer")
 
 
-def optional(backend: Backend, shape: tuple[int, ...], names: tuple[str, ...]) -> list[Tensor | None]:
+def optional(backend: Backend, shape: tuple[int, ...], names: Sequence[str] = NAMES[3:]) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {
         "weight": backend.randn(shape[0], seed=3).abs(),
         "teacher_uncond": backend.randn(*shape, seed=4),
-        "guidance": backend.randn(shape[0], seed=5),
+        "guidance_scale": backend.randn(shape[0], seed=5),
         "mask": backend.randn(*shape, seed=6) > 0,
         "x_t": backend.randn(*shape, seed=7),
         "alpha": backend.randn(*shape[:2], seed=8).abs() + 0.1,
         "sigma": backend.randn(shape[0], seed=9).abs(),
         "normalizer": backend.randn(shape[0], seed=10).abs() + 0.1,
     }
-    return [made[name] if name in names else None for name in ORDER]
+    return {name: made[name] for name in names}
+
+
+def arguments_of(
+    inputs: Iterable[Tensor],
+    tensors: Mapping[str, Tensor] | None = None,
+    params: LossParams | None = None,
+    needs: Sequence[bool] = (True, False, False),
+    sources: Sequence[Tensor | None] = (None, None, None),
+) -> tuple[Any, ...]:
+    """Of the operator ``loss``; ``sources``: logits, t, bins."""
+    operands = Operands(*inputs, **(tensors or {}))
+    return (*operands, *sources, *WeightParams(), *(params or LossParams()), *needs)
 
 
 @pytest.mark.parametrize("case", LOSS_CASES)
@@ -90,9 +102,10 @@ def test_opcheck_distribution_matching(backend: Backend, operators: Any, case: s
     dtype, needed, layout, changes, names = LOSS_CASES[case]
     x, teacher, fake = (lay_out(backend.randn(3, 4, 5, 6, dtype=dtype, seed=s), layout) for s in range(3))
     x.requires_grad_(needed)
-    rest = (*optional(backend, (3, 4, 5, 6), names), *LossParams(**changes), needed)
+    tensors, params = optional(backend, (3, 4, 5, 6), names), LossParams(**changes)
     checks = ALL[:3] if changes.get("need_stats") else ALL
-    torch.library.opcheck(operators.distribution_matching.default, (x, teacher, fake, *rest), test_utils=checks)
+    arguments = arguments_of((x, teacher, fake), tensors, params, (needed, False, False))
+    torch.library.opcheck(operators.loss.default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("case", ["plain", "stats", "sample", "float16", "guidance", "no gradient"])
@@ -103,9 +116,9 @@ def test_opcheck_f_distill(backend: Backend, operators: Any, case: str, histogra
     x.requires_grad_(needed)
     t, bins = (backend.randn(3, seed=11).sigmoid(), torch.ones(4, device=backend.device)) if histogram else (None, None)
     tensors = optional(backend, (3, 4, 5, 6), tuple(name for name in names if name != "weight"))
-    numbers = (*WeightParams(), *LossParams(**changes), needed)
+    sources, params = (backend.randn(3, 2, seed=12), t, bins), LossParams(**changes)
     torch.library.opcheck(
-        operators.f_distill.default, (x, teacher, fake, backend.randn(3, 2, seed=12), t, bins, *tensors, *numbers)
+        operators.loss.default, arguments_of((x, teacher, fake), tensors, params, (needed, False, False), sources)
     )
 
 
@@ -128,54 +141,38 @@ def test_opcheck_score_identity(
     backend: Backend, operators: Any, needs: tuple[bool, bool, bool], dtype: torch.dtype
 ) -> None:
     inputs = [backend.randn(3, 4, 5, dtype=dtype, seed=s).requires_grad_(need) for s, need in enumerate(needs)]
-    weight, _, _, mask, *_, normalizer = optional(backend, (3, 4, 5), ("weight", "mask"))
+    tensors = optional(backend, (3, 4, 5), ("weight", "mask"))
     for reduction in (0, 2):
         for need_stats in (False, True):
-            params = LossParams(identity_alpha=1.2, reduction=reduction, need_stats=need_stats)
-            arguments = (*inputs, weight, mask, normalizer, *params, *needs)
-            torch.library.opcheck(
-                operators.score_identity.default, arguments, test_utils=ALL[:3] if need_stats else ALL
-            )
+            rule = RULES["score_identity"]
+            params = LossParams(identity_alpha=1.2, reduction=reduction, need_stats=need_stats, rule=rule)
+            arguments = arguments_of(inputs, tensors, params, needs)
+            torch.library.opcheck(operators.loss.default, arguments, test_utils=ALL[:3] if need_stats else ALL)
 
 
 def test_the_operators_refuse_tensors_of_other_devices(backend: Backend, operators: Any) -> None:
     """Before any kernel, by the name of the argument: whoever calls them has not been through the public functions."""
     shape = (3, 4, 5, 6)
-    x, teacher, fake = (backend.randn(*shape, seed=s) for s in range(3))
-    tensors = dict(zip(ORDER, optional(backend, shape, ORDER), strict=True))
-    arguments = {"teacher": teacher, "fake": fake} | tensors
-    params = LossParams(prediction=1, normalizer=2)
+    inputs = [backend.randn(*shape, seed=s) for s in range(3)]
+    logits, params = backend.randn(3), LossParams(prediction=1, normalizer=2)
+    tensors = dict(zip(NAMES, inputs, strict=False)) | optional(backend, shape)
+    sources = {"logits": logits, "t": logits.sigmoid(), "histogram": torch.ones(4, device=backend.device)}
 
     def refused(name: str, operator: Any, *values: Any) -> None:
         with pytest.raises(ValueError, match=rf"{name} is on meta, but (x|logits) is on {backend.device}"):
             operator(*values)
 
-    logits = backend.randn(3)
-    weighing = {"logits": logits, "t": logits.sigmoid(), "histogram": torch.ones(4, device=backend.device)}
-    names = {"guidance": "guidance_scale"}
-    for name, value in arguments.items():
-        changed = (arguments | {name: value.to("meta")}).values()
-        refused(names.get(name, name), _ops._distribution_matching, x, *changed, *params, True)
-        _, _, *rest = changed
-        refused(
-            names.get(name, name),
-            _ops._f_distill,
-            *(x, *list(changed)[:2], *weighing.values(), *rest, *WeightParams(), *params, True),
-        )
-    for name, value in weighing.items():
-        changed = (weighing | {name: value.to("meta")}).values()
-        refused(name, _ops._f_distill, x, teacher, fake, *changed, *tensors.values(), *WeightParams(), *params, True)
-        if name != "logits":
-            refused(name, _ops._f_weights, *changed, *WeightParams())
-    identity = {"teacher": teacher, "fake": fake} | {n: tensors[n] for n in ("weight", "mask", "normalizer")}
-    for name, value in identity.items():
-        changed = (identity | {name: value.to("meta")}).values()
-        refused(name, _ops._score_identity, x, *changed, *LossParams(normalizer=2), True, True, True)
+    for name in [*NAMES[1:], *sources]:
+        changed = {key: value.to("meta") if key == name else value for key, value in (tensors | sources).items()}
+        values = [changed[key] for key in (*NAMES, *sources)]
+        refused(name, _ops._loss, *values, *WeightParams(), *params, True, False, False)
+        if name in ("t", "histogram"):
+            refused(name, _ops._f_weights, *values[len(NAMES) :], *WeightParams())
 
 
 def test_the_operators_are_functional(backend: Backend, operators: Any) -> None:
     """No schema mutates or aliases an argument."""
-    for name in ("distribution_matching", "f_distill", "f_weights", "score_identity"):
+    for name in ("loss", "f_weights"):
         schema = getattr(operators, name).default._schema
         assert not schema.is_mutable
         assert not any(value.alias_info for value in (*schema.arguments, *schema.returns))
@@ -408,10 +405,9 @@ def test_fake_gradient_has_the_strides_of_the_real_one(backend: Backend, operato
     """What inductor plans with must be what the kernel returns."""
     for layout in ("contiguous", "permuted", "channels_last", "sliced", "stepped", "offset", "expanded"):
         inputs = [lay_out(backend.randn(3, 4, 5, 6, seed=s), layout) for s in range(3)]
-        rest = (*[None] * 8, *LossParams(), True)
-        real = operators.distribution_matching(*inputs, *rest)
+        real = operators.loss(*arguments_of(inputs))
         with FakeTensorMode() as mode:
-            fake = operators.distribution_matching(*(mode.from_tensor(value) for value in inputs), *rest)
+            fake = operators.loss(*arguments_of(mode.from_tensor(value) for value in inputs))
         for a, b in zip(real, fake, strict=True):
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), layout
 

@@ -204,7 +204,7 @@ def test_16_bit_gradients_times_a_factor_per_sample(
     shape: tuple[int, ...], dtype: torch.dtype, layout: str, factor: str
 ) -> None:
     """What PyTorch's product is, which copies to float32 and back, in one pass; in place unless the graph is kept."""
-    from fdistill_ops.backends import cpu
+    from fdistill_ops.backends.cpu import backend as cpu
 
     gen = torch.Generator().manual_seed(0)
     gradient = torch.randn(shape, generator=gen).to(dtype)

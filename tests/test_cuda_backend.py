@@ -405,7 +405,7 @@ def test_memory_grows_with_the_calls() -> None:
     """Counters and scratch of a stream serve larger batches after smaller ones, and the other way round."""
     from fdistill_ops.backends import cuda_emulated
 
-    cuda_emulated.empty_cache()
+    cuda_emulated.backend.empty_cache()
     want = {}
     for B in (2, 3000, 5, 9000, 2, 3000):
         tensors = batch((B, 9), torch.float32)
@@ -444,6 +444,7 @@ class Device:
         return (4, 16) if arguments[-2][1] < 4 else None
 
     f_weights = scale_gradient = loss
+    operands = _native.emulator().operands if emulator else ()
 
     def stream_of(self, device: int) -> int:
         return 7 + device
@@ -463,7 +464,7 @@ class Device:
     def back_end(self) -> Any:
         from fdistill_ops.backends._cuda import Cuda
 
-        return Cuda(self, self.stream_of, self.capturing, self.exchange, self.restore)
+        return Cuda("cuda", self, self.stream_of, self.capturing, self.exchange, self.restore)
 
 
 @pytest.mark.parametrize("capturing", [False, True])

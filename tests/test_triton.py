@@ -355,7 +355,7 @@ def test_backward_takes_a_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         upstream = torch.tensor(factor * (B // len(factor)), device=DEVICE)
         expected = saved * upstream[:, None]
         with recorded_launches(monkeypatch) as launches:
-            assert triton.scale_gradient(saved, None, upstream if B > 1 else upstream[0], False) is saved
+            assert triton.backend.scale_gradient(saved, None, upstream if B > 1 else upstream[0], False) is saved
         assert torch.equal(saved, expected)
         assert launches == [("scale_kernel", 2 * triton._SCALERS)]
 

@@ -25,6 +25,7 @@ inline py::object lacking(const gpu::Needs& needs, const gpu::Memory& memory) {
 }
 
 inline void bind_cuda(py::module_ m) {
+  m.attr("operands") = operand_names();
   m.def("loss",
         [](const py::tuple& shape, const py::tuple& operands, const py::object& guidance, const py::object& normalizer,
            const py::tuple& params, const py::object& weights, bool score_identity, bool wide, size_t loss,

@@ -1,10 +1,7 @@
 """The back ends and the choice among them.
 
-A back end is a module with ``name`` and the functions ``f_weights``, ``distribution_matching``, ``difference``,
-``f_distill`` and ``score_identity``, which take checked tensors and the records of :mod:`fdistill_ops.params`, and
-``scale_gradient``, with which backward multiplies a saved gradient by the incoming one. ``backends/cpu.py`` is the
-pattern. Public functions evaluate :mod:`fdistill_ops.reference` itself where that is chosen; ``backends/reference.py``
-serves the operators (torch.compile, tracing).
+A back end is a file here that ends with ``backend``, a :class:`Backend`, and a line in ``_UNAVAILABLE``. ``cpu.py`` is
+the pattern.
 """
 
 from __future__ import annotations
@@ -18,15 +15,40 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from .. import _native
 from .._validation import unknown
 
-NAMES = ("reference", "cpu", "cuda", "triton")
+if TYPE_CHECKING:
+    from .._call import LossCall, LossResult, Needs, WeightCall, WeightResult
+
+
+class Backend(Protocol):
+    """What computes calls that are checked, on tensors that are not traced."""
+
+    name: str
+
+    def f_weights(self, call: WeightCall) -> WeightResult: ...
+
+    def loss(self, call: LossCall, needs: Needs) -> LossResult:
+        """The loss, and those of its derivatives that are needed, each in the dtype and strides of its input."""
+
+    def difference(self, call: LossCall, out: Tensor | None) -> Tensor:
+        """g itself, in out where that is given: the derivative with respect to x of the sum."""
+
+    def scale_gradient(self, gradient: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool) -> Tensor:
+        """A derivative times the incoming one (0-dimensional or [B]) and, in float16, the scale [B] it was stored
+        without. ``keep``: the derivative will be asked for again, and must stay as it is."""
+
+    def empty_cache(self) -> int:
+        """Gives memory that is kept for the next call back. Returns its bytes, as far as they are many."""
+
+
 _EMULATED = "cuda-emulated"  # tests alone: set_backend knows it where it was built
 _DEFAULT = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the first that can
 _OLDEST_TRITON = (3, 4)  # 3.2 takes no tuples into a kernel; 3.3 compiles none with a None in it
@@ -34,19 +56,14 @@ _environment = os.environ.get("FDISTILL_BACKEND") or None
 _UNSET: Any = object()
 _of_process: str | None = None
 _of_context: contextvars.ContextVar[str | None] = contextvars.ContextVar("fdistill_backend", default=_UNSET)
-_loaded: dict[str, Any] = {}
+_loaded: dict[str, Backend] = {}
 _warned = False
 
 
 def _why_not(name: str) -> str | None:
     """Why a back end cannot run here; None where it can."""
-    if name == "cpu" and _native.module() is None:
-        return f"the back end 'cpu' is not available: {_native.reason()}"
-    if name == "cuda":
-        return _why_not_cuda()
-    if name == "triton":
-        return _why_not_triton()
-    return None
+    reason = _UNAVAILABLE[name]() if name in _UNAVAILABLE else None
+    return None if reason is None else f"the back end {name!r} is not available: {reason}"
 
 
 def _why_not_cuda() -> str | None:
@@ -58,7 +75,7 @@ def _why_not_cuda() -> str | None:
         archs = [divmod(int(arch.rstrip("af")), 10) for arch in _native.cuda_archs()]
         if not any(arch[0] == capability[0] and arch <= capability for arch in archs) and capability < archs[-1]:
             reason = f"it was not built for a GPU of compute capability {capability[0]}.{capability[1]}"
-    return None if reason is None else f"the back end 'cuda' is not available: {reason}"
+    return reason
 
 
 def _why_not_triton() -> str | None:
@@ -70,7 +87,17 @@ def _why_not_triton() -> str | None:
         reason = f"its kernels need Triton {oldest} or newer (PyTorch 2.8 brings it), and Triton {version} is installed"
     elif not _triton_interprets() and not torch.cuda.is_available():
         reason = "PyTorch finds no GPU (TRITON_INTERPRET=1 does without, slowly)"
-    return None if reason is None else f"the back end 'triton' is not available: {reason}"
+    return reason
+
+
+# Of each back end: why it cannot run here, or None.
+_UNAVAILABLE: dict[str, Callable[[], str | None]] = {
+    "reference": lambda: None,
+    "cpu": _native.reason,
+    "cuda": _why_not_cuda,
+    "triton": _why_not_triton,
+}
+NAMES = tuple(_UNAVAILABLE)
 
 
 @functools.cache
@@ -208,17 +235,14 @@ def _decide(override: str | None, device_type: str) -> str:
     return "reference"
 
 
-def kernels(name: str) -> Any:
-    """The back end of that name, as a module of kernels."""
+def kernels(name: str) -> Backend:
+    """The back end of that name."""
     found = _loaded.get(name)
     if found is None:
-        found = _loaded[name] = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+        found = _loaded[name] = importlib.import_module(f"{__name__}.{name.replace('-', '_')}").backend
     return found
 
 
 def empty_cache() -> int:
     """Gives the memory that finished gradients left for the next ones back to the system. Returns its bytes."""
-    for found in list(_loaded.values()):
-        if hasattr(found, "empty_cache"):  # what a GPU's kernels keep on their streams: little, and not counted
-            found.empty_cache()
-    return _native.module().pool_trim() if _native.module() is not None else 0
+    return sum(found.empty_cache() for found in list(_loaded.values()))

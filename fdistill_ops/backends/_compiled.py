@@ -3,16 +3,19 @@ records."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._checks import OptionalTensors
-from ..params import LossParams, WeightParams
-from ._functions import Functions
+from .._call import NAMES, LossCall, WeightCall
+from ..params import RULES
+from ._functions import Functions, Gradients, Results
 from ._shared import histogram_buffers, plain
+
+_SCORE_IDENTITY = RULES["score_identity"]
 
 # The codes of csrc/include/fdistill/dtype.h.
 DTYPES = {
@@ -29,21 +32,30 @@ DTYPES = {
 }
 
 
-# The order of csrc/include/fdistill/calls.h.
-_OPERAND_NAMES = (
-    *("x", "teacher", "fake", "teacher_uncond", "x_t", "mask", "weight", "alpha", "sigma"),
-    *("the gradient of x", "the gradient of teacher", "the gradient of fake"),
-)
 MAX_DIMS = 64  # kMaxDims of csrc/include/fdistill/layout.h
 
 
-def record(tensor: Tensor | None, name: str) -> tuple[int, int, tuple[int, ...], Tensor] | None:
-    """(address, dtype, strides), and the tensor itself, which keeps the memory alive; None for one without elements."""
-    if tensor is None:
-        return None
-    tensor = plain(tensor, name)
-    address = tensor.data_ptr()
-    return (address, DTYPES[tensor.dtype], tensor.stride(), tensor) if address else None
+_Record = tuple[int, int, tuple[int, ...], Tensor]
+"""(address, dtype, strides), and the tensor itself, which keeps the memory alive."""
+
+
+def record(tensor: Tensor | None, name: str) -> _Record | None:
+    """None for one without elements."""
+    return records((tensor,), (name,))[0]
+
+
+def records(tensors: Sequence[Tensor | None], names: Sequence[str]) -> tuple[_Record | None, ...]:
+    found: list[_Record | None] = []
+    for i, tensor in enumerate(tensors):
+        if tensor is None:
+            found.append(None)
+            continue
+        address = tensor.data_ptr()
+        if not address or tensor.is_neg() or (address == tensor.storage_offset() * tensor.itemsize):
+            tensor = plain(tensor, names[i])
+            address = tensor.data_ptr()
+        found.append((address, DTYPES[tensor.dtype], tensor.stride(), tensor) if address else None)
+    return tuple(found)
 
 
 def _of_few_dimensions(x: Tensor) -> Callable[[Any], Any]:
@@ -63,7 +75,16 @@ def _of_few_dimensions(x: Tensor) -> Callable[[Any], Any]:
     return view
 
 
+_GRADIENTS = ("the gradient of x", "the gradient of teacher", "the gradient of fake")
+
+
 class Compiled(Functions):
+    def __init__(self, operands: Sequence[str]) -> None:
+        """``operands``: names of a loss's tensors in the order that the module takes them in; the gradients follow."""
+        self._names = (*operands, *_GRADIENTS, "guidance_scale", "normalizer")
+        self._in_order = operator.itemgetter(*map(NAMES.index, operands))
+        assert {*self._names} == {*NAMES, *_GRADIENTS}
+
     def run_loss(self, device: torch.device, *arguments: Any) -> None:
         """The module's ``loss`` with these arguments."""
         raise NotImplementedError
@@ -72,49 +93,40 @@ class Compiled(Functions):
         """The module's ``f_weights`` with these arguments."""
         raise NotImplementedError
 
-    def weight_arguments(
-        self, logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
-    ) -> tuple[tuple[Any, ...], Tensor | None]:
-        bins, new_bins = histogram_buffers(bins)
+    def weight_arguments(self, call: WeightCall) -> tuple[tuple[Any, ...], Tensor | None]:
+        logits, t = call.logits, call.t
+        bins, new_bins = histogram_buffers(call.bins) if call.bins is not None else (None, None)
         bins_address, n_bins = (0, 0) if bins is None else (bins.data_ptr(), bins.numel())
         if t is not None and t.dtype not in DTYPES:
             t = t.double()
         heads = logits.shape[1] if logits.ndim == 2 else 1
         new_address = 0 if new_bins is None else new_bins.data_ptr()
         histogram = (bins_address, n_bins, new_address)
-        arguments = (logits.shape[0], heads, record(logits, "logits"), record(t, "t"), *histogram, params)
+        arguments = (logits.shape[0], heads, *records((logits, t), ("logits", "t")), *histogram, call.params)
         return (*arguments, bins), new_bins  # the last only to be kept alive
 
     def compute_weights(self, arguments: tuple[Any, ...], weights: Tensor, ratio_stats: Tensor) -> None:
         self.run_weights(weights.device, arguments, weights.data_ptr(), ratio_stats.data_ptr())
 
     def compute_loss(
-        self,
-        inputs: Sequence[Tensor],
-        tensors: OptionalTensors,
-        params: LossParams,
-        gradients: Sequence[Tensor | None],
-        results: tuple[Tensor, Tensor | None, Tensor | None],
-        weight_arguments: tuple[Any, ...] | None,
-        score_identity: bool,
+        self, call: LossCall, gradients: Gradients, results: Results, weight_arguments: tuple[Any, ...] | None
     ) -> None:
-        x, teacher, fake = inputs
-        weight, uncond, guidance, mask, x_t, alpha, sigma, normalizer = tensors
-        loss, scale, stats = results
-        operands = [x, teacher, fake, uncond, x_t, mask, weight, alpha, sigma, *gradients]
-        shape = tuple(x.shape)
+        operands, (loss, scale, stats) = call.operands, results
+        x, shape = operands.x, tuple(operands.x.shape)
+        tensors = (*self._in_order(operands), *gradients)
         if x.ndim > MAX_DIMS:
             view = _of_few_dimensions(x)
-            operands, shape = [view(operand) for operand in operands], tuple(view(x).shape)
+            tensors, shape = tuple(map(view, tensors)), tuple(view(x).shape)
+        *found, guidance, normalizer = records((*tensors, operands.guidance_scale, operands.normalizer), self._names)
         self.run_loss(
             loss.device,
             shape,
-            tuple(map(record, operands, _OPERAND_NAMES)),
-            record(guidance, "guidance_scale"),
-            record(normalizer, "normalizer"),
-            params,
+            tuple(found),
+            guidance,
+            normalizer,
+            call.params,
             weight_arguments,
-            score_identity,
+            call.params.rule == _SCORE_IDENTITY,
             loss.dtype is torch.float64,
             loss.data_ptr(),
             0 if scale is None else scale.data_ptr(),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._checks import OptionalTensors
-from ..params import LossParams
+from .._call import LossCall, Operands
 from ._compiled import DTYPES, Compiled, record
+from ._functions import Gradients, Results
 from ._shared import is_dense, lasting, mark_changed, opaque, plain, rows_are_dense, scaled
 
 _MAX_DIMS = 9  # of x, beyond which a sample may have more dimensions than the kernels take (kDims in csrc/cuda)
@@ -34,18 +34,21 @@ _Function = Callable[..., tuple[int, int] | None]
 
 
 class Cuda(Compiled):
-    """``native``: the module with the kernels; ``stream_of``: the stream in use on a device, as an integer;
-    ``capturing``: whether that of the current device is being captured in a graph; ``exchange``: makes a device the
-    current one and returns the one before; ``restore``: makes that one the current one again."""
+    """``name``: of the back end; ``native``: the module with the kernels; ``stream_of``: the stream in use on a device,
+    as an integer; ``capturing``: whether that of the current device is being captured in a graph; ``exchange``: makes a
+    device the current one and returns the one before; ``restore``: makes that one the current one again."""
 
     def __init__(
         self,
+        name: str,
         native: Any,
         stream_of: Callable[[int], int],
         capturing: Callable[[], bool],
         exchange: Callable[[int], int],
         restore: Callable[[int], int],
     ) -> None:
+        super().__init__(native.operands)
+        self.name = name
         self._native, self._stream_of, self._capturing = native, stream_of, capturing
         self._exchange, self._restore = exchange, restore
         self._memory: dict[tuple[int, int], _Memory] = {}
@@ -98,22 +101,14 @@ class Cuda(Compiled):
     def run_weights(self, device: torch.device, arguments: Any, weights: int, ratio_stats: int) -> None:
         self._with_memory(self._native.f_weights, device, arguments, weights, ratio_stats)
 
-    def _loss(
-        self,
-        inputs: Sequence[Tensor],
-        tensors: OptionalTensors,
-        params: LossParams,
-        gradients: Sequence[Tensor | None],
-        *arguments: Any,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if inputs[0].ndim <= _MAX_DIMS:
-            return super()._loss(inputs, tensors, params, gradients, *arguments, **options)
+    def run(self, call: LossCall, gradients: Gradients, weight_arguments: Any = None, scaled: bool = True) -> Results:
+        operands = call.operands
+        if operands.x.ndim <= _MAX_DIMS:
+            return super().run(call, gradients, weight_arguments, scaled)
         # Copies whose dimensions merge. Rows of coefficients stay apart from what they cover.
-        dense = [tensor.contiguous() for tensor in inputs]
-        rest: Any = tuple(tensor if tensor is None else tensor.contiguous() for tensor in tensors)
+        dense = Operands(*(v if v is None else v.contiguous() for v in operands))  # type: ignore[arg-type]
         targets = [None if g is None else torch.empty_like(g, memory_format=torch.contiguous_format) for g in gradients]
-        results = super()._loss(dense, rest, params, targets, *arguments, **options)
+        results = super().run(call._replace(operands=dense), targets, weight_arguments, scaled)
         for gradient, target in zip(gradients, targets, strict=True):
             if gradient is not None and target is not None:
                 gradient.copy_(target)
@@ -142,5 +137,6 @@ class Cuda(Compiled):
             mark_changed(gradient)
         return out
 
-    def empty_cache(self) -> None:
+    def empty_cache(self) -> int:
         self._memory.clear()
+        return 0

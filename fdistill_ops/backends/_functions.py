@@ -1,20 +1,29 @@
-"""The functions of a back end with kernels (:mod:`fdistill_ops.backends`), over its two entries, the loss and the
-weights."""
+"""The functions of a back end with kernels (:class:`fdistill_ops.backends.Backend`), over its two entries, the loss and
+the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._checks import OptionalTensors, compute_dtype
-from ..params import REDUCTIONS, LossParams, WeightParams
+from .._call import LossCall, LossResult, Needs, WeightCall, WeightResult, compute_dtype
+from ..params import REDUCTIONS
 from ..stats import FIELDS
 from ._shared import in_dtype_of, mark_changed
 
 _SAMPLE = REDUCTIONS["sample"]
+Gradients = Sequence[Tensor | None]  # with respect to x, teacher, fake
+
+
+class Results(NamedTuple):
+    """What a kernel fills beside the gradients."""
+
+    loss: Tensor
+    scale: Tensor | None  # of float16 gradients
+    stats: Tensor | None
 
 
 class Functions:
@@ -22,127 +31,61 @@ class Functions:
         """Uninitialised, with x's shape, dtype and (where they are dense) strides."""
         return torch.empty_like(x)
 
-    def weight_arguments(
-        self, logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
-    ) -> tuple[Any, Tensor | None]:
-        """These as the entries take them; and the new histogram, which they fill."""
+    def weight_arguments(self, call: WeightCall) -> tuple[Any, Tensor | None]:
+        """The call as the entries take it; and the new histogram, which they fill."""
         raise NotImplementedError
 
     def compute_weights(self, arguments: Any, weights: Tensor, ratio_stats: Tensor) -> None:
         """Fills ``weights`` [B] and ``ratio_stats`` [3]."""
         raise NotImplementedError
 
-    def compute_loss(
-        self,
-        inputs: Sequence[Tensor],
-        tensors: OptionalTensors,
-        params: LossParams,
-        gradients: Sequence[Tensor | None],
-        results: tuple[Tensor, Tensor | None, Tensor | None],
-        weight_arguments: Any,
-        score_identity: bool,
-    ) -> None:
-        """Fills the gradients and the results: the loss, the scale of float16 gradients, the statistics. The weights
-        are those of ``weight_arguments``, unless that is None."""
+    def compute_loss(self, call: LossCall, gradients: Gradients, results: Results, weight_arguments: Any) -> None:
+        """Fills the gradients and the results. The weights are those of ``weight_arguments``, unless that is None."""
         raise NotImplementedError
 
-    def _loss(
-        self,
-        inputs: Sequence[Tensor],
-        tensors: OptionalTensors,
-        params: LossParams,
-        gradients: Sequence[Tensor | None],
-        weight_arguments: Any = None,
-        score_identity: bool = False,
-        with_scale: bool = True,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Runs the kernel. The loss, the scale of float16 gradients (None without such), the statistics (None unless
-        wanted)."""
-        x, teacher, fake = inputs
-        _, uncond, _, _, x_t, *_ = tensors
-        dtype, device = compute_dtype(x, teacher, fake, uncond, x_t), x.device
-        per_sample = params.reduction == _SAMPLE
-        loss = torch.empty(x.shape[:1] if per_sample else (), dtype=dtype, device=device)
+    def run(self, call: LossCall, gradients: Gradients, weight_arguments: Any = None, scaled: bool = True) -> Results:
+        """Runs the kernel. ``scaled``: whether float16 gradients are stored without a scale of their own."""
+        x, params = call.operands.x, call.params
+        dtype, device = call.operands.compute_dtype(), x.device
+        loss = torch.empty(x.shape[:1] if params.reduction == _SAMPLE else (), dtype=dtype, device=device)
         scale = stats = None
-        if with_scale and any(g is not None and g.dtype is torch.float16 for g in gradients):
-            scale = torch.empty(x.shape[:1], dtype=dtype, device=device)
+        if scaled:
+            for gradient in gradients:
+                if gradient is not None and gradient.dtype is torch.float16:
+                    scale = torch.empty(x.shape[:1], dtype=dtype, device=device)
+                    break
         if params.need_stats:
             stats = torch.empty(len(FIELDS), dtype=dtype, device=device)
-        results = (loss, scale, stats)
-        self.compute_loss(inputs, tensors, params, gradients, results, weight_arguments, score_identity)
+        results = Results(loss, scale, stats)
+        self.compute_loss(call, gradients, results, weight_arguments)
         return results
 
-    def f_weights(
-        self, logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        arguments, new_bins = self.weight_arguments(logits, t, bins, params)
+    def f_weights(self, call: WeightCall) -> WeightResult:
+        arguments, new_bins = self.weight_arguments(call)
+        logits = call.logits
         weights = torch.empty(logits.shape[:1], dtype=compute_dtype(logits), device=logits.device)
         ratio_stats = torch.empty(3, dtype=torch.float64, device=logits.device)
         self.compute_weights(arguments, weights, ratio_stats)
-        return weights, in_dtype_of(bins, new_bins), ratio_stats
+        return WeightResult(weights, in_dtype_of(call.bins, new_bins), ratio_stats)
 
-    def distribution_matching(
-        self,
-        x: Tensor,
-        teacher: Tensor,
-        fake: Tensor,
-        tensors: OptionalTensors,
-        params: LossParams,
-        need_grad: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        gradient = self.gradient_like(x) if need_grad else None
-        loss, scale, stats = self._loss((x, teacher, fake), tensors, params, (gradient, None, None))
-        return loss, gradient, scale, stats
+    def loss(self, call: LossCall, needs: Needs) -> LossResult:
+        weights, arguments, new_bins = call.weights, None, None
+        if weights is not None:
+            arguments, new_bins = self.weight_arguments(weights)
+        x, teacher, fake = call.operands[:3]
+        gradients = (
+            self.gradient_like(x) if needs[0] else None,
+            self.gradient_like(teacher) if needs[1] else None,
+            self.gradient_like(fake) if needs[2] else None,
+        )
+        results = self.run(call, gradients, arguments)
+        bins = None if weights is None or new_bins is None else in_dtype_of(weights.bins, new_bins)
+        return LossResult(results.loss, gradients, results.scale, results.stats, bins)
 
-    def difference(
-        self,
-        x: Tensor,
-        teacher: Tensor,
-        fake: Tensor,
-        tensors: OptionalTensors,
-        params: LossParams,
-        out: Tensor | None,
-    ) -> Tensor:
+    def difference(self, call: LossCall, out: Tensor | None) -> Tensor:
         """g: the gradient of the sum (params.reduction)."""
-        g = self.gradient_like(x) if out is None else out
-        self._loss((x, teacher, fake), tensors, params, (g, None, None), with_scale=False)
+        g = self.gradient_like(call.operands.x) if out is None else out
+        self.run(call, (g, None, None), scaled=False)
         if out is not None:
             mark_changed(out)
         return g
-
-    def f_distill(
-        self,
-        x: Tensor,
-        teacher: Tensor,
-        fake: Tensor,
-        logits: Tensor,
-        t: Tensor | None,
-        bins: Tensor | None,
-        tensors: OptionalTensors,
-        weight_params: WeightParams,
-        params: LossParams,
-        need_grad: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        arguments, new_bins = self.weight_arguments(logits, t, bins, weight_params)
-        gradient = self.gradient_like(x) if need_grad else None
-        loss, scale, stats = self._loss((x, teacher, fake), tensors, params, (gradient, None, None), arguments)
-        return loss, gradient, scale, stats, in_dtype_of(bins, new_bins)
-
-    def score_identity(
-        self,
-        x: Tensor,
-        teacher: Tensor,
-        fake: Tensor,
-        weight: Tensor | None,
-        mask: Tensor | None,
-        normalizer: Tensor | None,
-        params: LossParams,
-        need_grads: Sequence[bool],
-    ) -> tuple[Tensor | None, ...]:
-        inputs = (x, teacher, fake)
-        gradients = [
-            self.gradient_like(tensor) if need else None for tensor, need in zip(inputs, need_grads, strict=True)
-        ]
-        tensors = (weight, None, None, mask, None, None, None, normalizer)
-        loss, scale, stats = self._loss(inputs, tensors, params, gradients, score_identity=True)
-        return loss, *gradients, scale, stats

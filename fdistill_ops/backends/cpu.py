@@ -12,14 +12,14 @@ from .._torch import from_dlpack
 from ._compiled import DTYPES, MAX_DIMS, Compiled
 from ._shared import is_dense, mark_changed, opaque, plain, rows_are_dense, scaled
 
-name = "cpu"
-
 _C = _native.module()
 _POOLED_BYTES = 1 << 20
 _HALF = (torch.bfloat16, torch.float16)
 
 
 class Cpu(Compiled):
+    name = "cpu"
+
     def gradient_like(self, x: Tensor) -> Tensor:
         """Large ones reuse the memory of earlier gradients: fresh memory costs more in page faults than the gradient
         takes to write."""
@@ -34,35 +34,27 @@ class Cpu(Compiled):
     def run_weights(self, device: torch.device, arguments: Any, weights: int, ratio_stats: int) -> None:
         _C.f_weights(arguments, weights, ratio_stats)
 
-
-_cpu = Cpu()
-f_weights = _cpu.f_weights
-distribution_matching = _cpu.distribution_matching
-difference = _cpu.difference
-f_distill = _cpu.f_distill
-score_identity = _cpu.score_identity
-
-
-def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool) -> Tensor:
-    """A saved gradient times the incoming one (0-dimensional or [B]): the saved tensor itself where the factor is 1
-    and the graph is not kept, scaled in place where it is not 1, a new tensor where the graph is kept. ``scale`` [B]
-    is what float16 gradients were stored without (csrc/cpu/loss.cpp). Reading the factor costs nothing: it is in
-    host memory."""
-    factor = upstream if scale is None or gradient.dtype is not torch.float16 else upstream * scale
-    if opaque(factor):
-        return scaled(gradient, factor)
-    if factor.ndim == 0:
-        number = factor.item()
-        if number == 1.0:
+    def scale_gradient(self, gradient: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool) -> Tensor:
+        """The saved tensor itself where the factor is 1 and the graph is not kept, scaled in place where it is not 1, a
+        new tensor where the graph is kept. Reading the factor costs nothing: it is in host memory."""
+        factor = upstream if scale is None or gradient.dtype is not torch.float16 else upstream * scale
+        if opaque(factor):
+            return scaled(gradient, factor)
+        if factor.ndim == 0:
+            number = factor.item()
+            if number == 1.0:
+                return gradient.clone() if keep else gradient
+            return gradient * number if keep else gradient.mul_(number)
+        if bool((factor == 1.0).all()):
             return gradient.clone() if keep else gradient
-        return gradient * number if keep else gradient.mul_(number)
-    if bool((factor == 1.0).all()):
-        return gradient.clone() if keep else gradient
-    if gradient.dtype in _HALF and factor.dtype is torch.float32 and rows_are_dense(gradient):
-        return _scaled_rows(gradient, factor, keep)
-    if keep:
-        return scaled(gradient, factor)
-    return gradient.mul_(factor.reshape(factor.shape + (1,) * (gradient.ndim - 1)))
+        if gradient.dtype in _HALF and factor.dtype is torch.float32 and rows_are_dense(gradient):
+            return _scaled_rows(gradient, factor, keep)
+        if keep:
+            return scaled(gradient, factor)
+        return gradient.mul_(factor.reshape(factor.shape + (1,) * (gradient.ndim - 1)))
+
+    def empty_cache(self) -> int:
+        return _C.pool_trim()
 
 
 def _scaled_rows(gradient: Tensor, factor: Tensor, keep: bool) -> Tensor:
@@ -76,3 +68,6 @@ def _scaled_rows(gradient: Tensor, factor: Tensor, keep: bool) -> Tensor:
     if not keep:
         mark_changed(gradient)
     return out
+
+
+backend = Cpu(_C.operands)

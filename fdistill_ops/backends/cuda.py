@@ -10,11 +10,4 @@ name = "cuda"
 
 assert raw_stream is not None and capturing is not None  # PyTorch finds a GPU
 assert exchange_device is not None and restore_device is not None
-_cuda = Cuda(_native.module().cuda, raw_stream, capturing, exchange_device, restore_device)
-f_weights = _cuda.f_weights
-distribution_matching = _cuda.distribution_matching
-difference = _cuda.difference
-f_distill = _cuda.f_distill
-score_identity = _cuda.score_identity
-scale_gradient = _cuda.scale_gradient
-empty_cache = _cuda.empty_cache
+backend = Cuda(name, _native.module().cuda, raw_stream, capturing, exchange_device, restore_device)

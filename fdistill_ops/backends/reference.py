@@ -1,5 +1,5 @@
-"""The reference as the operators' back end: values and gradients of :mod:`fdistill_ops.reference`, in plain PyTorch.
-Calls that are not compiled evaluate that module itself."""
+"""The reference as a back end of the operators: values and gradients of :mod:`fdistill_ops.reference`, in plain
+PyTorch. Calls that are not traced evaluate that module itself."""
 
 from __future__ import annotations
 
@@ -9,66 +9,42 @@ import torch
 from torch import Tensor
 
 from .. import _reference
-from .._checks import OptionalTensors
-from ..params import LossParams, WeightParams
+from .._call import LossCall, LossResult, Needs, WeightCall, WeightResult
 from ..predictions import rows_like
 from ..stats import RATIO_FIELDS
-
-name = "reference"
-
-f_weights = _reference.weights
-difference = _reference.difference
+from ._shared import scaled
 
 
-def distribution_matching(
-    x: Tensor, teacher: Tensor, fake: Tensor, tensors: OptionalTensors, params: LossParams, need_grad: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    loss, derivatives, stats = _reference.matching_with_derivatives(x, teacher, fake, tensors, params)
-    (gradient,), scale = _stored(derivatives, [x], [need_grad])
-    return loss, gradient, scale, stats
+class Reference:
+    name = "reference"
+
+    def f_weights(self, call: WeightCall) -> WeightResult:
+        return _reference.f_weights(call)
+
+    def difference(self, call: LossCall, out: Tensor | None) -> Tensor:
+        return _reference.difference(call, out)
+
+    def loss(self, call: LossCall, needs: Needs) -> LossResult:
+        call, made = _reference.weighted(call)
+        value, derivatives, stats = _reference.with_derivatives(call)
+        wanted = [d if need else None for d, need in zip(derivatives, needs, strict=False)]
+        stored, scale = _stored(wanted, call.operands[:3][: len(wanted)])
+        if made is not None and call.params.need_stats:
+            stats[RATIO_FIELDS] = made.ratio_stats.to(stats.dtype)
+        x, teacher, fake = [*stored, None, None][:3]
+        return LossResult(value, (x, teacher, fake), scale, stats, None if made is None else made.bins)
+
+    def scale_gradient(self, gradient: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool) -> Tensor:
+        return scaled(gradient, upstream if scale is None or not _is_half(gradient) else upstream * scale)
+
+    def empty_cache(self) -> int:
+        return 0
 
 
-def f_distill(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    logits: Tensor,
-    t: Tensor | None,
-    bins: Tensor | None,
-    tensors: OptionalTensors,
-    weight_params: WeightParams,
-    params: LossParams,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    weight, new_bins, ratio_stats = _reference.weights(logits, t, bins, weight_params)
-    loss, gradient, scale, stats = distribution_matching(x, teacher, fake, (weight, *tensors[1:]), params, need_grad)
-    if params.need_stats:
-        stats[RATIO_FIELDS] = ratio_stats.to(stats.dtype)
-    return loss, gradient, scale, stats, new_bins
-
-
-def score_identity(
-    x: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    normalizer: Tensor | None,
-    params: LossParams,
-    need_grads: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    loss, derivatives, stats = _reference.identity_with_derivatives(x, teacher, fake, weight, mask, normalizer, params)
-    gradients, scale = _stored(derivatives, [x, teacher, fake], need_grads)
-    return loss, *gradients, scale, stats
-
-
-def _stored(
-    derivatives: Sequence[Tensor], inputs: Sequence[Tensor], needed: Sequence[bool]
-) -> tuple[list[Tensor | None], Tensor | None]:
-    """The derivatives that are needed, each in its input's dtype and strides, and the scale [B] of those in float16
+def _stored(wanted: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[list[Tensor | None], Tensor | None]:
+    """The derivatives that are wanted, each in its input's dtype and strides, and the scale [B] of those in float16
     (None without such): for each sample the power of two that they were divided by, so that their largest element is
     near float16's largest. They would otherwise underflow before a loss scale has come with the incoming gradient."""
-    wanted = [d if need else None for d, need in zip(derivatives, needed, strict=True)]
     scale = None
     rows = [d.reshape(len(d), -1).abs() for d, x in zip(wanted, inputs, strict=True) if d is not None and _is_half(x)]
     if rows:
@@ -87,3 +63,6 @@ def _stored(
 
 def _is_half(x: Tensor) -> bool:
     return x.dtype is torch.float16
+
+
+backend = Reference()

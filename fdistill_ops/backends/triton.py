@@ -24,25 +24,24 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from .._checks import LOSS_NAMES, OptionalTensors, compute_dtype
+from .._call import LossCall, Operands, WeightCall, compute_dtype
 from .._validation import has_memory
 from ..kernels.loss import N_COUNTERS, chunk_kernel, sample_kernel
 from ..kernels.scale import scale_kernel
 from ..kernels.summary import FIELDS as SCRATCH_FIELDS
 from ..kernels.weights import f_weights_kernel
-from ..params import NORMALIZERS, PREDICTIONS, REDUCTIONS, LossParams, WeightParams
+from ..params import NORMALIZERS, PREDICTIONS, REDUCTIONS, RULES
 from ..predictions import rows_like
-from ._functions import Functions
+from ._functions import Functions, Gradients, Results
 from ._layout import Strides, plan
 from ._shared import histogram_buffers, lasting, mark_changed, opaque, plain, rows_are_dense, scaled
-
-name = "triton"
 
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _PREDICTIONS, _REDUCTIONS = tuple(PREDICTIONS), tuple(REDUCTIONS)
 _NORMALIZERS = tuple(map(str, NORMALIZERS))
 _MEAN, _SAMPLE = REDUCTIONS["mean"], REDUCTIONS["sample"]
 _MEAN_ABS = NORMALIZERS["mean_abs"]
+_SCORE_IDENTITY = RULES["score_identity"]
 
 # Block sizes, in elements.
 _THREADS = 512  # of a program that holds a sample
@@ -176,13 +175,14 @@ class _Operands(NamedTuple):
     """The inputs and targets of a loss kernel (kernels/loss.py), and where their elements lie."""
 
     inputs: tuple[Operand, ...]
+    rows: tuple[Operand, ...]  # those of the inputs that are coefficients
     targets: tuple[Operand, ...]
     inner: tuple[int, int]
 
     @property
     def rows_within_samples(self) -> bool:
         """Whether a coefficient differs within a sample."""
-        return any(rows is not None and len(rows[1]) > 1 for rows in self.inputs[6:9])
+        return any(rows is not None and len(rows[1]) > 1 for rows in self.rows)
 
 
 def _laid_out(
@@ -200,8 +200,9 @@ def _laid_out(
         return None
     pairs = zip(tensors, layout.strides, strict=True)
     found: list[Operand] = [None if t is None or strides is None else (t, strides) for t, strides in pairs]
-    found += [t if t is None else (t, (t.stride(0) if t.ndim else 0,)) for t in scalars]
-    return _Operands(tuple(found[3:]), tuple(found[:3]), layout.inner)
+    written, read = tuple(found[: len(targets)]), tuple(found[len(targets) :])
+    single = [t if t is None else (t, (t.stride(0) if t.ndim else 0,)) for t in scalars]
+    return _Operands((*read, *single), read[len(elementwise) :], written, layout.inner)
 
 
 def _operands(
@@ -246,19 +247,19 @@ def _chunk_program(itemsize: int, dtype: torch.dtype, heavy: bool, rows: bool) -
     return Program(block // 2 if heavy else block, 256, 168 if rows else 128)
 
 
-# --------------------------------------------------------------------------------------------------- the two entries
+# ------------------------------------------------------------------------------------------------------ the back end
 
 
 class Triton(Functions):
-    def weight_arguments(
-        self, logits: Tensor, t: Tensor | None, bins: Tensor | None, params: WeightParams
-    ) -> tuple[_Weights, Tensor | None]:
-        logits = plain(logits, "logits")
+    name = "triton"
+
+    def weight_arguments(self, call: WeightCall) -> tuple[_Weights, Tensor | None]:
+        logits, t, params = plain(call.logits, "logits"), call.t, call.params
         if t is not None:
             t = plain(t, "t")
             if t.dtype not in _TIME_DTYPES:
                 t = t.double()
-        bins, new_bins = histogram_buffers(bins)
+        bins, new_bins = histogram_buffers(call.bins)
         n_bins = 0 if bins is None else bins.numel()
         heads, head_stride = (logits.shape[1], logits.stride(1)) if logits.ndim == 2 else (1, 1)
         constants = {
@@ -292,21 +293,13 @@ class Triton(Functions):
         )
 
     def compute_loss(
-        self,
-        inputs: Sequence[Tensor],
-        tensors: OptionalTensors,
-        params: LossParams,
-        gradients: Sequence[Tensor | None],
-        results: tuple[Tensor, Tensor | None, Tensor | None],
-        weight_arguments: _Weights | None,
-        score_identity: bool,
+        self, call: LossCall, gradients: Gradients, results: Results, weight_arguments: _Weights | None
     ) -> None:
-        x, teacher, fake, weight, uncond, guidance, mask, x_t, alpha, sigma, normalizer = (
-            tensor if tensor is None else plain(tensor, name)
-            for name, tensor in zip(LOSS_NAMES, (*inputs, *tensors), strict=True)
-        )
-        assert x is not None and teacher is not None and fake is not None
-        dtype, device = results[0].dtype, x.device
+        params, score_identity = call.params, call.params.rule == _SCORE_IDENTITY
+        named = call.operands.named()
+        operands = Operands(*(v if v is None else plain(v, name) for name, v in named.items()))  # type: ignore[arg-type]
+        x, teacher, fake, weight, uncond, guidance, mask, x_t, alpha, sigma, normalizer = operands
+        dtype, device = results.loss.dtype, x.device
         B, N = x.shape[0], math.prod(x.shape[1:])
         measures = params.normalizer == _MEAN_ABS
         elementwise = [
@@ -318,11 +311,11 @@ class Triton(Functions):
             None if mask is None else mask.view(torch.uint8),
         ]
 
-        def operands(weight: Tensor | None) -> _Operands:
+        def laid_out(weight: Tensor | None) -> _Operands:
             rows = [None if row is None or row.numel() == 0 else row for row in (weight, alpha, sigma)]
             return _operands(x, elementwise, rows, [guidance, normalizer], gradients)
 
-        found = operands(weight)
+        found = laid_out(weight)
         rows = found.rows_within_samples
         heavy = score_identity or uncond is not None or x_t is not None or rows
         program = _sample_program(N, dtype, heavy, rows)
@@ -333,7 +326,7 @@ class Triton(Functions):
                 logits = inline.source[0]
                 weight = torch.empty(logits.shape[:1], dtype=compute_dtype(logits), device=device)
                 self.compute_weights(inline, weight, ratio_stats)
-                inline, found = None, operands(weight)
+                inline, found = None, laid_out(weight)
 
         count = None
         if mask is not None and params.reduction == _MEAN:
@@ -369,7 +362,7 @@ class Triton(Functions):
         if program is not None:
             _launch_whole(program, device, B, arguments, inline, constants)
         else:
-            half = results[1] is not None
+            half = results.scale is not None
             program = _chunk_program(x.itemsize, dtype, heavy, rows)
             read_twice = teacher.itemsize + (0 if uncond is None else uncond.itemsize)
             read_twice *= 2 if half or score_identity else 1
@@ -377,6 +370,50 @@ class Triton(Functions):
         for target, written in zip(gradients, found.targets, strict=True):
             if target is not None and written is not None and written[0] is not target:
                 target.copy_(written[0])
+
+    def scale_gradient(self, gradient: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool) -> Tensor:
+        """In place unless the graph is kept: one launch, which reads the factor on the device and touches nothing else
+        where that is 1."""
+        if gradient.dtype is not torch.float16:
+            scale = None
+        if keep or opaque(upstream) or upstream.is_neg() or not has_memory(upstream) or not rows_are_dense(gradient):
+            factor = upstream if scale is None else upstream * scale
+            product = scaled(gradient, factor)
+            return product if keep or opaque(factor) else gradient.copy_(product)
+        if gradient.numel() == 0:
+            return gradient
+        B = gradient.shape[0]
+        N = gradient.numel() // B
+        by_sample = upstream.ndim == 1 or scale is not None or N % 16 != 0  # compiled for N divisible by 16, or not
+        if not by_sample:
+            B, N = 1, gradient.numel()
+        program = Program(_CHUNK_BYTES // gradient.itemsize, 256)
+        chunks = triton.cdiv(N, program.block)
+        device = gradient.device
+        launch(
+            scale_kernel,
+            min(B * chunks, _SCALERS * device_of(device).processors),
+            device,
+            program,
+            gradient,
+            upstream,
+            upstream.stride(0) if upstream.ndim else 0,
+            scale,
+            N,
+            chunks,
+            B * chunks,
+            C=_COMPUTE[upstream.dtype],
+            BLOCK=program.block,
+        )
+        mark_changed(gradient)
+        return gradient
+
+    def empty_cache(self) -> int:
+        _counters.clear()
+        return 0
+
+
+# ---------------------------------------------------------------------------------------------------------- launches
 
 
 def _launch_whole(
@@ -458,51 +495,4 @@ def _grouped(B: int, bytes_read_twice: int, chunks: int, program: Program, devic
     return group, max(1, triton.cdiv(B, group))
 
 
-_triton = Triton()
-f_weights = _triton.f_weights
-distribution_matching = _triton.distribution_matching
-difference = _triton.difference
-f_distill = _triton.f_distill
-score_identity = _triton.score_identity
-
-
-# ---------------------------------------------------------------------------------------------------------- backward
-
-
-def scale_gradient(gradient: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool) -> Tensor:
-    """A saved gradient times the incoming one (0-dimensional or [B]), in place unless the graph is kept: one launch,
-    which reads the factor on the device and touches nothing else where that is 1. ``scale`` [B]: what float16
-    gradients were stored without."""
-    if gradient.dtype is not torch.float16:
-        scale = None
-    if keep or opaque(upstream) or upstream.is_neg() or not has_memory(upstream) or not rows_are_dense(gradient):
-        factor = upstream if scale is None else upstream * scale
-        product = scaled(gradient, factor)
-        return product if keep or opaque(factor) else gradient.copy_(product)
-    if gradient.numel() == 0:
-        return gradient
-    B = gradient.shape[0]
-    N = gradient.numel() // B
-    by_sample = upstream.ndim == 1 or scale is not None or N % 16 != 0  # compiled for N divisible by 16, or not
-    if not by_sample:
-        B, N = 1, gradient.numel()
-    program = Program(_CHUNK_BYTES // gradient.itemsize, 256)
-    chunks = triton.cdiv(N, program.block)
-    device = gradient.device
-    launch(
-        scale_kernel,
-        min(B * chunks, _SCALERS * device_of(device).processors),
-        device,
-        program,
-        gradient,
-        upstream,
-        upstream.stride(0) if upstream.ndim else 0,
-        scale,
-        N,
-        chunks,
-        B * chunks,
-        C=_COMPUTE[upstream.dtype],
-        BLOCK=program.block,
-    )
-    mark_changed(gradient)
-    return gradient
+backend = Triton()

@@ -54,8 +54,8 @@ SANITIZERS = {
         },
         # So that tuples of arguments are checked too, and what Python refers to is found when leaks are looked for.
         {"PYTHONMALLOC": "malloc"},
-        # Frames of a GPU's threads stay on the fibers' stacks: what would find one used after its return maps and clears
-        # megabytes for every fiber, thousands of which live for microseconds.
+        # Frames of a GPU's threads stay on the fibers' stacks: what would find one used after its return maps and
+        # clears megabytes for every fiber, thousands of which live for microseconds.
         emulator_flags=("--param=asan-use-after-return=0",),
     ),
     "tsan": Sanitizer(
