@@ -52,7 +52,6 @@ class WeightCall(NamedTuple):
     bins: Tensor | None  # [n], of the histogram
     divergence: Divergence
     params: WeightParams
-    backend: str
     histogram: RatioHistogram | None = None
     group: object = None
 

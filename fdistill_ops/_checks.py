@@ -4,7 +4,8 @@ of them run before any kernel and before any state changes."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from . import backends
 from . import histogram as histograms
-from ._call import LossCall, Operands, WeightCall
+from ._call import NAMES, LossCall, Operands, WeightCall
 from ._options import DIFFERENCE, F_DIFFERENCE, F_DISTILL, MATCHING, SCORE_IDENTITY, WEIGHTS, complete
 from ._torch import is_zero
 from ._validation import (
@@ -85,10 +86,15 @@ def max_norm(value: Any) -> float | None:
     return limit
 
 
-def _eps(value: Any) -> float:
-    if type(value) is float and 0.0 <= value < math.inf:
-        return value
-    return number(value, "eps", low=0.0)
+def _eps_and_zero(options: Mapping[str, Any]) -> tuple[float, bool]:
+    """eps, and whether what is not finite becomes zero."""
+    eps, nonfinite = options["eps"], options["nonfinite"]
+    zero = _NONFINITE.get(nonfinite) if type(nonfinite) is str else None
+    if zero is None:
+        zero = nonfinite_rule(nonfinite)
+    if type(eps) is not float or not 0.0 <= eps < math.inf:
+        eps = number(eps, "eps", low=0.0)
+    return eps, zero
 
 
 def loss(
@@ -120,7 +126,7 @@ def f_distill(
 ) -> LossCall:
     """The call of an f-distill loss."""
     options = complete(function, options, F_DISTILL)
-    weights = _weights(logits, t, options, backend)
+    weights = _weights(logits, t, options)
     return _matching(x, teacher, fake, options, options["reduction"], weights, backend)
 
 
@@ -136,15 +142,17 @@ def f_difference(
 ) -> tuple[LossCall, Tensor | None]:
     """The call of a score difference with f-weights, and where it goes."""
     options = complete(function, options, F_DIFFERENCE)
-    weights = _weights(logits, t, options, backend)
+    weights = _weights(logits, t, options)
     call = _matching(x, teacher, fake, options, "sum", weights, backend)
     return call, _output(options["out"], call)
 
 
-def f_weights(function: str, logits: Any, t: Any, options: dict[str, Any], backend: str | None = None) -> WeightCall:
-    """The call of f_weights."""
-    call = _weights(logits, t, complete(function, options, WEIGHTS), backend)
-    return call._replace(backend=chosen(call.logits, backend))
+def f_weights(
+    function: str, logits: Any, t: Any, options: dict[str, Any], backend: str | None = None
+) -> tuple[WeightCall, str]:
+    """The call of f_weights, and the back end that serves it."""
+    call = _weights(logits, t, complete(function, options, WEIGHTS))
+    return call, chosen(call.logits, backend)
 
 
 def score_identity(
@@ -175,12 +183,13 @@ def _matching(
     weights: WeightCall | None,
     backend: str | None,
 ) -> LossCall:
-    floating(x, "x")
+    # Here and in _like: what nearly every tensor is, without a call.
+    if type(x) not in PLAIN_TYPES or x.dtype not in FLOATS or x.layout is not torch.strided or x.is_nested:
+        floating(x, "x")
     if x.ndim == 0:
         raise ValueError("x must have a batch dimension, got a tensor without dimensions")
-    uncond, x_t = options["teacher_uncond"], options["x_t"]
     _like(x, ("teacher", teacher), ("fake", fake))
-    weight, guidance, mask, alpha, sigma = (options[name] for name in _OTHER)
+    weight, uncond, guidance, mask, x_t, alpha, sigma, normalizer = _TENSORS(options)
     if weight is not None:
         weight = rows(weight, "weight", x)
 
@@ -201,21 +210,20 @@ def _matching(
         mask = _mask(mask, x)
 
     prediction = options["prediction"]
-    if prediction != "x0":
+    if type(prediction) is not str or prediction != "x0":
         prediction = prediction_name(prediction)
-    given = (("x_t", x_t), ("alpha", alpha), ("sigma", sigma))
-    if prediction != "x0":
-        for name, value in given:
+    if prediction == "x0":
+        if x_t is not None or alpha is not None or sigma is not None:
+            name = "x_t" if x_t is not None else "alpha" if alpha is not None else "sigma"
+            raise ValueError(f"{name} has no use with prediction='x0'")
+    else:
+        for name, value in (("x_t", x_t), ("alpha", alpha), ("sigma", sigma)):
             if value is None:
                 raise ValueError(f"{name} is missing: prediction={prediction!r} needs x_t, alpha and sigma")
         _like(x, ("x_t", x_t))
         alpha, sigma = rows(alpha, "alpha", x), rows(sigma, "sigma", x)
-    else:
-        for name, value in given:
-            if value is not None:
-                raise ValueError(f"{name} has no use with prediction='x0'")
 
-    normalizer, eps, rows_given = options["normalizer"], _eps(options["eps"]), None
+    (eps, zero), rows_given = _eps_and_zero(options), None
     if isinstance(normalizer, Tensor):
         normalizer, rows_given = "tensor", per_sample(normalizer, "normalizer", x)
     elif normalizer is None:
@@ -224,26 +232,30 @@ def _matching(
         raise ValueError(f"normalizer must be 'mean_abs', None or a tensor [B]; got {shown(normalizer)}")
     if not (isinstance(reduction, str) and reduction in REDUCTIONS):
         unknown(reduction, "reduction", REDUCTIONS)
+    need_stats = options.get("return_stats", False)
     params = LossParams(
         guidance_scale=scale,
         prediction=PREDICTIONS[prediction],
         normalizer=NORMALIZERS[normalizer],
         eps=eps,
-        zero_nonfinite=nonfinite_rule(options["nonfinite"]),
+        zero_nonfinite=zero,
         reduction=REDUCTIONS[reduction],
-        need_stats=flag(options.get("return_stats", False), "return_stats"),
+        need_stats=need_stats if need_stats is False else flag(need_stats, "return_stats"),
     )
     if weights is not None:
         if weights.logits.shape[0] != x.shape[0]:
             raise ValueError(f"logits has {weights.logits.shape[0]} samples, but x has shape {tuple(x.shape)}")
-        same_device(weights.logits, "logits", x, "x")
-    limit = max_norm(options["max_norm"])
+        if weights.logits.device != x.device or type(weights.logits) is not type(x):
+            same_device(weights.logits, "logits", x, "x")
+    limit = options["max_norm"]
+    if limit is not None:
+        limit = max_norm(limit)
     operands = Operands(x, teacher, fake, weight, uncond, guidance, mask, x_t, alpha, sigma, rows_given)
-    backend = chosen(x, backend)
-    return LossCall(operands, params, backend, weights and weights._replace(backend=backend), limit)
+    return LossCall(operands, params, chosen(x, backend), weights, limit)
 
 
-_OTHER = ("weight", "guidance_scale", "mask", "alpha", "sigma")
+_TENSORS = operator.itemgetter(*NAMES[3:])
+_OF_WEIGHTS = operator.itemgetter("divergence", "histogram", "normalize", "group")
 
 
 def _mask(mask: Any, x: Tensor) -> Tensor:
@@ -262,20 +274,25 @@ def _mask(mask: Any, x: Tensor) -> Tensor:
     return call_named(lambda v: v.expand(x.shape), {"mask": mask})
 
 
-def _weights(logits: Any, t: Any, options: dict[str, Any], backend: str | None) -> WeightCall:
-    """Of a back end that has yet to be chosen."""
-    floating(logits, "logits")
+def _weights(logits: Any, t: Any, options: dict[str, Any]) -> WeightCall:
+    if (
+        type(logits) not in PLAIN_TYPES
+        or logits.dtype not in FLOATS
+        or logits.layout is not torch.strided
+        or logits.is_nested
+    ):
+        floating(logits, "logits")
     if logits.ndim == 0:
         raise ValueError("logits must have shape [B] or [B, ...], got a tensor without dimensions")
     if 0 in logits.shape[1:]:
         raise ValueError(f"logits has no heads: shape {tuple(logits.shape)}")
     if logits.ndim > 2:  # the map of a discriminator of patches: its places are heads
         logits = call_named(lambda v: v.detach().flatten(1), {"logits": logits})
-    divergence, histogram, normalize = (options[name] for name in ("divergence", "histogram", "normalize"))
+    divergence, histogram, normalize, group = _OF_WEIGHTS(options)
     divergence = get_divergence(divergence)
     if normalize is not None and not (isinstance(normalize, str) and normalize == "mean"):
         unknown(normalize, "normalize", ("mean", None))
-    zero, eps = nonfinite_rule(options["nonfinite"]), _eps(options["eps"])
+    eps, zero = _eps_and_zero(options)
     low, high = _clip_bounds(options["logit_clip"], options["ratio_clip"])
     if t is not None:
         real(t, "t")
@@ -307,7 +324,7 @@ def _weights(logits: Any, t: Any, options: dict[str, Any], backend: str | None) 
         eps=eps,
         zero_nonfinite=zero,
     )
-    return WeightCall(logits, t, bins, divergence, params, "", histogram, options["group"])
+    return WeightCall(logits, t, bins, divergence, params, histogram, group)
 
 
 def _clip_bounds(logit_clip: Any, ratio_clip: Any) -> tuple[float, float]:

@@ -19,17 +19,17 @@ _MEAN, _SUM, _NONE = REDUCTIONS["mean"], REDUCTIONS["sum"], REDUCTIONS["none"]
 _MATCHING = RULES["distribution_matching"]
 
 
-def f_weights(call: WeightCall) -> Tensor:
+def f_weights(call: WeightCall, backend: str) -> Tensor:
     """The f-weights [B]; updates the histogram."""
-    made = _made(call)
+    made = _made(call, backend)
     call.record(made.bins)
     return made.weights
 
 
-def _made(call: WeightCall) -> WeightResult:
+def _made(call: WeightCall, backend: str) -> WeightResult:
     if needs_stages(call):
         return staged_f_weights(call, _distributed.all_reduce(call.group))
-    return _ops.f_weights(call)
+    return _ops.f_weights(call, backend)
 
 
 def needs_stages(call: WeightCall) -> bool:
@@ -85,7 +85,7 @@ def _typed(weights: WeightCall) -> dict[str, Tensor | None]:
 
 def _weighted(call: LossCall, weights: WeightCall) -> tuple[WeightResult, LossCall]:
     """The f-weights, and the call with the product of them and the weight given."""
-    made, given = _made(weights), call.operands.weight
+    made, given = _made(weights, call.backend), call.operands.weight
     weight = made.weights if given is None else call_named(lambda v: _times(made.weights, v), {"weight": given})
     return made, call._replace(operands=call.operands._replace(weight=weight), weights=None)
 

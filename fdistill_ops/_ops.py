@@ -86,7 +86,7 @@ class _Attach(torch.autograd.Function):
         scale: Tensor | None,
         *inputs: Tensor,
     ) -> Tensor:
-        ctx.backend, ctx.inputs = backend, [weakref.ref(tensor) for tensor in inputs]
+        ctx.backend, ctx.inputs = backend, list(map(weakref.ref, inputs))
         ctx.save_for_backward(scale, *gradients)
         return loss[0]
 
@@ -126,9 +126,9 @@ def _optional(names: Sequence[str]) -> str:
     return ", ".join(f"Tensor? {name}" for name in names)
 
 
-def _serving(x: Tensor) -> str:
+def _serving(x: Tensor) -> backends.Backend:
     """The back end that an operator runs on."""
-    return backends.choose(x.device)
+    return backends.kernels(backends.choose(x.device))
 
 
 def _on_one_device(operands: Mapping[str, Tensor | None]) -> None:
@@ -156,13 +156,12 @@ def _present(outputs: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ..
 
 def _weight_call(logits: Tensor, t: Tensor | None, bins: Tensor | None, numbers: Sequence[Any]) -> WeightCall:
     params = WeightParams(*numbers)
-    return WeightCall(logits, t, bins, divergence_of(params.kind, params.a), params, _serving(logits))
+    return WeightCall(logits, t, bins, divergence_of(params.kind, params.a), params)
 
 
 def _f_weights(logits: Tensor, t: Tensor | None, bins: Tensor | None, *numbers: Any) -> Any:
     _on_one_device({"logits": logits, "t": t, "histogram": bins})
-    call = _weight_call(logits, t, bins, numbers)
-    return _present(backends.kernels(call.backend).f_weights(call), logits)
+    return _present(_serving(logits).f_weights(_weight_call(logits, t, bins, numbers)), logits)
 
 
 def _f_weights_fake(logits: Tensor, t: Tensor | None, bins: Tensor | None, *numbers: Any) -> Any:
@@ -183,13 +182,13 @@ _define(
 )
 
 
-def f_weights(call: WeightCall) -> WeightResult:
+def f_weights(call: WeightCall, backend: str) -> WeightResult:
     """The f-weights of a divergence that kernels know, within this process."""
-    if call.backend == "reference":
+    if backend == "reference":
         return _reference.f_weights(call)
     if _traced(call.logits, call.t, call.bins):
         return WeightResult(*_operator(torch.ops.fdistill.f_weights, call.named(), (), *call.params))
-    return backends.kernels(call.backend).f_weights(call)
+    return backends.kernels(backend).f_weights(call)
 
 
 # loss -----------------------------------------------------------------------------------------------------------------
@@ -219,15 +218,15 @@ class _Arguments:
     def call(self) -> LossCall:
         logits, t, bins = self.sources
         weights = None if logits is None else _weight_call(logits, t, bins, self.weight_numbers)
-        return LossCall(self.operands, self.params, _serving(self.operands.x), weights)
+        return LossCall(self.operands, self.params, "operators", weights)
 
 
 def _loss(*values: Any) -> Any:
     given = _Arguments(*values)
     _on_one_device(given.named())
-    call = given.call()
-    result = backends.kernels(call.backend).loss(call, given.needs)
-    return _present((result.loss, *result.gradients, *result[2:]), call.operands.x)
+    x = given.operands.x
+    result = _serving(x).loss(given.call(), given.needs)
+    return _present((result.loss, *result.gradients, result.scale, result.stats, result.bins), x)
 
 
 def _loss_fake(*values: Any) -> Any:
@@ -288,13 +287,6 @@ def _traced_loss(call: LossCall, needs: Needs) -> tuple[Tensor, ...]:
     return _operator(torch.ops.fdistill.loss, call.operands.named() | sources, differentiable, *numbers)
 
 
-def _is_traced(call: LossCall, *more: Tensor | None) -> bool:
-    weights = call.weights
-    if weights is not None:
-        more = (weights.logits, weights.t, weights.bins, *more)
-    return _traced(*call.operands, *more)
-
-
 def loss(call: LossCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss, differentiable in what its rule has derivatives for; the statistics (empty or None unless asked for);
     and the histogram after this batch (likewise)."""
@@ -307,7 +299,9 @@ def loss(call: LossCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
         needs = (x.requires_grad, of_teacher and teacher.requires_grad, of_fake and fake.requires_grad)
     if getattr(forward_ad, _DUAL_LEVEL) >= 0:
         _refuse_tangents(*(v for v, has in zip((x, teacher, fake), (of_x, of_teacher, of_fake), strict=True) if has))
-    if _is_traced(call):
+    weights = call.weights
+    sources = () if weights is None else (weights.logits, weights.t, weights.bins)
+    if _traced(*call.operands, *sources):
         loss, *_, stats, bins = _traced_loss(call, needs)
         return loss, stats.detach(), bins.detach()
     kernels = backends.kernels(call.backend)
@@ -328,7 +322,7 @@ def difference(call: LossCall, out: Tensor | None) -> Tensor:
     """g itself: the gradient of the sum."""
     if call.backend == "reference":
         return _reference.difference(call, out)
-    if _is_traced(call, out):
+    if _traced(*call.operands, out):
         x = call.operands.x
         with torch.no_grad():
             wide = x.detach().float() if x.dtype is torch.float16 else x  # whose gradients are stored without a scale

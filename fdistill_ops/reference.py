@@ -50,7 +50,7 @@ _NAME = "reference"
 @takes(WeightOptions, WEIGHTS)
 def f_weights(logits: Tensor, t: Tensor | None = None, **options: Any) -> Tensor:
     """See :func:`fdistill_ops.f_weights`."""
-    return _composition.f_weights(_checks.f_weights("f_weights", logits, t, options, _NAME))
+    return _composition.f_weights(*_checks.f_weights("f_weights", logits, t, options, _NAME))
 
 
 @takes(MatchingOptions, MATCHING)

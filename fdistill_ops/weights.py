@@ -42,4 +42,4 @@ def f_weights(logits: Tensor, t: Tensor | None = None, **options: Unpack[WeightO
     Raises:
         TypeError, ValueError: naming the argument that is wrong; the histogram has not changed then.
     """
-    return _composition.f_weights(_checks.f_weights("f_weights", logits, t, {**options}))
+    return _composition.f_weights(*_checks.f_weights("f_weights", logits, t, {**options}))

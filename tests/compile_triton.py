@@ -122,7 +122,7 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, batch: int = 4) -> dict[st
         return call
 
     def weighting(logits: Any, t: Any, bins: Any) -> WeightCall:
-        return WeightCall(logits, t, bins, get_divergence("js"), WeightParams(), "triton")
+        return WeightCall(logits, t, bins, get_divergence("js"), WeightParams())
 
     serve = backend.backend
     total = LossCall(Operands(*inputs), LossParams(reduction=REDUCTIONS["sum"]), "triton")
