@@ -31,7 +31,7 @@ NOT = {
     "test_large_batches_are_what_their_parts_are": "of millions of elements; likewise",
     "test_float16_gradient_survives_the_mean": "of a million elements; likewise",
 }
-# With --quick, a part of the random calls of a back end: those of an emulator take a second or more each.
+# With --quick, a part of the random calls of a back end: those of an emulator take half a second each.
 QUICK_CALLS = {"cpu": 1.0, "cuda-emulated": 0.1}
 # With --quick: half of its time, for what other tests and the random calls run too.
 NOT_QUICK = {
