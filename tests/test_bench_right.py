@@ -81,15 +81,16 @@ def test_compiled_formulas_are_right() -> None:
 
 def wrong_backend(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """The C++ back end with something changed in what it returns."""
-    from fdistill_ops.backends import cpu
+    from fdistill_ops.backends.cpu import backend as cpu
 
-    original = cpu.f_distill
+    original = cpu.loss
 
-    def f_distill(*arguments: Any) -> Any:
-        loss, gradient, *rest = original(*arguments)
-        return (*change(loss, gradient), *rest)
+    def loss(*arguments: Any) -> Any:
+        result = original(*arguments)
+        loss, gradient = change(result.loss, result.gradients[0])
+        return result._replace(loss=loss, gradients=(gradient, None, None))
 
-    monkeypatch.setattr(cpu, "f_distill", f_distill)
+    monkeypatch.setattr(cpu, "loss", loss)
 
 
 def one_element(loss: torch.Tensor, gradient: torch.Tensor) -> Any:

@@ -108,12 +108,12 @@ def missing_element(gradients: Any, results: Any) -> None:
 
 
 def wrong_loss(gradients: Any, results: Any) -> None:
-    results[0].mul_(1.001)
+    results.loss.mul_(1.001)
 
 
 def other_scale(gradients: Any, results: Any) -> None:
-    if results[1] is not None:
-        results[1].mul_(2.0)
+    if results.scale is not None:
+        results.scale.mul_(2.0)
 
 
 LOSSES = set(calls.LOSSES)
@@ -139,8 +139,8 @@ def test_a_broken_loss_kernel_shows(
 
     compute = Cpu.compute_loss
 
-    def broken(self: Any, inputs: Any, tensors: Any, params: Any, gradients: Any, results: Any, *rest: Any) -> None:
-        compute(self, inputs, tensors, params, gradients, results, *rest)
+    def broken(self: Any, call: Any, gradients: Any, results: Any, *rest: Any) -> None:
+        compute(self, call, gradients, results, *rest)
         break_it(gradients, results)
 
     monkeypatch.setattr(Cpu, "compute_loss", broken)
@@ -165,7 +165,7 @@ def test_a_broken_loss_kernel_shows(
 
 @needs_cpu
 def test_broken_weights_histogram_and_backward_show(few: list[calls.Case], monkeypatch: pytest.MonkeyPatch) -> None:
-    from fdistill_ops.backends import cpu
+    from fdistill_ops.backends.cpu import backend as cpu
 
     weights, scale_gradient = cpu.f_weights, cpu.scale_gradient
 
@@ -174,12 +174,10 @@ def test_broken_weights_histogram_and_backward_show(few: list[calls.Case], monke
 
     assert failed() == set()
     with monkeypatch.context() as patch:
-        patch.setattr(cpu, "f_weights", lambda *given: (weights(*given)[0] * (1 + 1e-4), *weights(*given)[1:]))
+        patch.setattr(cpu, "f_weights", lambda c: weights(c)._replace(weights=weights(c).weights * (1 + 1e-4)))
         assert failed() == {"value"}
     with monkeypatch.context() as patch:
-        patch.setattr(
-            cpu, "f_weights", lambda logits, t, bins, params: (weights(logits, t, bins, params)[0], bins, None)
-        )
+        patch.setattr(cpu, "f_weights", lambda c: weights(c)._replace(bins=c.bins))
         assert failed() == {"histogram"}
     with monkeypatch.context() as patch:
         patch.setattr(cpu, "scale_gradient", lambda gradient, *rest: scale_gradient(gradient, *rest) * 1.02)
@@ -188,7 +186,7 @@ def test_broken_weights_histogram_and_backward_show(few: list[calls.Case], monke
 
 @needs_cpu
 def test_a_call_that_raises_is_a_failure(few: list[calls.Case], monkeypatch: pytest.MonkeyPatch) -> None:
-    from fdistill_ops.backends import cpu
+    from fdistill_ops.backends.cpu import backend as cpu
 
     def raises(*_: Any) -> None:
         raise MemoryError("nothing left")
@@ -214,7 +212,7 @@ def test_another_shape_or_dtype_is_an_error() -> None:
 
 def test_back_ends_that_are_not_there(few: list[calls.Case], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with its reason; those in an interpreter only where they are named."""
-    monkeypatch.setattr(backends, "_why_not_cuda", lambda: "the back end 'cuda' is not available: no such luck")
+    monkeypatch.setitem(backends._UNAVAILABLE, "cuda", lambda: "no such luck")
     monkeypatch.setattr(calls, "cases", lambda: iter(few[:1]))
     status, printed = run("--device", "cpu")
     assert status == 0
