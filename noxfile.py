@@ -141,6 +141,8 @@ def tests(session: nox.Session, pin: Pin) -> None:
     built_wheel = str(wheel(session, own, pin, built))
     pip("the package", "--no-deps", "--force-reinstall", built_wheel)
     pip("what the tests need", f"{built_wheel}[test]", f"torch{pin.torch}", f"numpy{pin.numpy}", f"triton{pin.triton}")
+    if not pin.torch:  # the tests' requirements name a Triton, for which pip takes an older PyTorch
+        pip("the newest torch and triton", "--upgrade", "torch", "triton", f"numpy{pin.numpy}")
     session.run(str(own), "-c", VERSIONS, external=True)
     # From a folder without the sources, so that the installed package is the one that is tested.
     arguments = [*session.posargs]
