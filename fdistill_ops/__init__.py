@@ -3,7 +3,7 @@
 from typing import Any
 
 from . import reference
-from ._native import build_info
+from ._build_info import build_info
 from ._version import __version__
 from ._warmup import warmup
 from .backends import available_backends, empty_cache, set_backend, use_backend

@@ -57,23 +57,3 @@ def build_record() -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-
-
-def build_info() -> dict[str, Any]:
-    """What was compiled and what runs here.
-
-    Returns:
-        A dictionary: ``version``; ``compiled`` (bool) and, where it is False, ``reason``; ``compiler`` and ``isas``
-        (instruction sets in the binary) from the build; ``cuda`` (nvcc's version and the compute capabilities) or
-        ``cuda_skipped`` (why there are no CUDA kernels); ``isa`` (the one in use), ``threading`` (whose threads the
-        kernels run on); ``backends`` (available names) and ``unavailable`` (why another is not, by name).
-    """
-    from . import __version__
-    from .backends import available_backends, unavailable_backends
-
-    native = module()
-    info: dict[str, Any] = {"version": __version__, "compiled": native is not None, "reason": reason()}
-    info |= {key: value for key, value in build_record().items() if key != "skipped"}
-    if native is not None:
-        info |= {"isa": native.isa(), "threading": native.threading()}
-    return info | {"backends": available_backends(), "unavailable": unavailable_backends()}

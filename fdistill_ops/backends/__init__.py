@@ -16,16 +16,14 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _native
+from .._call import LossCall, LossResult, Needs, WeightCall, WeightResult
 from .._validation import unknown
-
-if TYPE_CHECKING:
-    from .._call import LossCall, LossResult, Needs, WeightCall, WeightResult
 
 
 class Backend(Protocol):
