@@ -210,7 +210,9 @@ class _Arguments:
         self.sources = take(len(_SOURCES))
         self.weight_numbers = take(len(WeightParams._fields))
         self.params = LossParams(*take(len(LossParams._fields)))
-        self.needs: Needs = tuple(remaining)
+        of_x, of_teacher, of_fake = DERIVATIVES[self.params.rule]
+        x, teacher, fake = remaining
+        self.needs: Needs = (x and of_x, teacher and of_teacher, fake and of_fake)
 
     def named(self) -> dict[str, Tensor | None]:
         return self.operands.named() | dict(zip(("logits", "t", "histogram"), self.sources, strict=True))
@@ -256,7 +258,7 @@ _define(
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     _, *gradients, scale, _, _ = output
-    ctx.n, ctx.wanted = len(inputs), inputs[-3:]
+    ctx.n, ctx.wanted = len(inputs), _Arguments(*inputs).needs
     ctx.inputs = [weakref.ref(tensor) for tensor in inputs[:3]]
     ctx.save_for_backward(scale, *gradients)
 

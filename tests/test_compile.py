@@ -170,6 +170,18 @@ def test_the_operators_refuse_tensors_of_other_devices(backend: Backend, operato
             refused(name, _ops._f_weights, *values[len(NAMES) :], *WeightParams())
 
 
+def test_an_operator_has_the_derivatives_of_its_rule(backend: Backend, operators: Any) -> None:
+    """And no others, whatever is asked for."""
+    inputs = [backend.randn(3, 4, seed=s).requires_grad_() for s in range(3)]
+    loss, *gradients, _, _, _ = operators.loss(*arguments_of(inputs, needs=(True, True, True)))
+    assert [tuple(gradient.shape) for gradient in gradients] == [(3, 4), (0,), (0,)]
+    found = torch.autograd.grad(loss, inputs, allow_unused=True)
+    assert found[0] is not None and found[1] is None and found[2] is None
+    identity = LossParams(rule=RULES["score_identity"])
+    loss, *_ = operators.loss(*arguments_of(inputs, params=identity, needs=(True, True, True)))
+    assert all(gradient is not None for gradient in torch.autograd.grad(loss, inputs, allow_unused=True))
+
+
 def test_the_operators_are_functional(backend: Backend, operators: Any) -> None:
     """No schema mutates or aliases an argument."""
     for name in ("loss", "f_weights"):
