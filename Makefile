@@ -43,7 +43,7 @@ help:
 	@echo "make pins       runs the tests under other versions of Python, PyTorch and NumPy, and with clang (NOX_ARGS= FULL=)"
 	@echo "make gpu-check  with a GPU, nvcc and a PYTHON that has torch and triton: builds in place and runs all that needs a GPU,"
 	@echo "                in under nine minutes; logs, JSON and plots go to OUT=$(OUT)"
-	@echo "make lint       ruff and mypy"
+	@echo "make lint       ruff, mypy and clang-format"
 	@echo "make install    the environment $(VENV) with the package, built and editable"
 	@echo "make clean      removes what was built; distclean also $(VENV), .nox; neither removes runs/"
 	@echo
@@ -83,6 +83,7 @@ lint: $(VENV)/.lint
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(kernels))
 
 $(VENV)/.environment:
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('Python 3.10 or newer is needed: make PYTHON=...')"

@@ -79,11 +79,11 @@ void py_f_weights(const py::tuple& arguments, size_t weights, size_t ratio_stats
   for (int64_t b = 0; b < call.batch; ++b) reinterpret_cast<float*>(weights)[b] = static_cast<float>(wide[b]);
 }
 
-void py_loss(const py::tuple& shape, const py::tuple& operands, const py::object& guidance, const py::object& normalizer,
-             const py::tuple& params, const py::object& weights, bool score_identity, bool wide, size_t loss_address,
-             size_t gradient_scale, size_t stats, int threads) {
+void py_loss(const py::tuple& shape, const py::tuple& operands, const py::object& guidance,
+             const py::object& normalizer, const py::tuple& params, const py::object& weights, bool score_identity,
+             bool wide, size_t loss_address, size_t gradient_scale, size_t stats, int threads) {
   ParsedLoss arguments(shape, operands, guidance, normalizer, params, weights, score_identity, wide, loss_address,
-                          gradient_scale, stats);
+                       gradient_scale, stats);
   const py::gil_scoped_release release;
   const ParsedWeights* const logits = arguments.logits.get();
   std::vector<double> computed;
@@ -165,11 +165,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("operands") = operand_names();
   m.def("f_weights", &py_f_weights);
   m.def("loss", &py_loss);
-  m.def("scale_rows", [](size_t from, size_t to, int dtype, int64_t batch, int64_t elements, size_t factor, int threads) {
-    const py::gil_scoped_release release;
-    scale_rows(reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to), static_cast<DType>(dtype), batch, elements,
-               reinterpret_cast<const float*>(factor), threads, *current_kernels());
-  });
+  m.def("scale_rows",
+        [](size_t from, size_t to, int dtype, int64_t batch, int64_t elements, size_t factor, int threads) {
+          const py::gil_scoped_release release;
+          scale_rows(reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to), static_cast<DType>(dtype), batch,
+                     elements, reinterpret_cast<const float*>(factor), threads, *current_kernels());
+        });
   m.def("pooled_empty", [](const py::tuple& shape, const py::tuple& strides, int dtype, size_t bytes) {
     return py::reinterpret_steal<py::object>(pooled_empty(shape, strides, dtype, bytes));
   });

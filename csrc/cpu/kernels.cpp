@@ -251,7 +251,8 @@ constexpr TypedKernels<T> typed() {
 template <class From, class To>
 void convert(const From* from, To* to, int64_t n) {
   int64_t i = 0;
-  if constexpr (!std::is_same_v<From, bfloat16> && !std::is_same_v<To, bfloat16>)  // those loops the compiler vectorizes
+  // Those of bfloat16 the compiler vectorizes.
+  if constexpr (!std::is_same_v<From, bfloat16> && !std::is_same_v<To, bfloat16>)
     for (; i + kLanes <= n; i += kLanes) store<true>(to + i, load(from + i), false);
   for (; i < n; ++i) fdistill::store(to_float(from[i]), to[i]);
 }
@@ -271,8 +272,8 @@ constexpr Conversion<T> conversion() {
 
 #define FD_STRING_OF(name) #name
 #define FD_STRING(name) FD_STRING_OF(name)
-constexpr Kernels kTable = {FD_STRING(FD_ISA), typed<float>(), typed<double>(), typed<bfloat16>(), typed<float16>(),
-                            conversion<bfloat16>(), conversion<float16>()};
+constexpr Kernels kTable = {FD_STRING(FD_ISA), typed<float>(),         typed<double>(),      typed<bfloat16>(),
+                            typed<float16>(),  conversion<bfloat16>(), conversion<float16>()};
 
 }  // namespace
 

@@ -12,23 +12,23 @@ template <class T>
 struct Block {
   using C = compute_t<T>;
   int64_t n;
-  const T* x;         // [n], or null
-  const T* teacher;   // [n]
-  const T* fake;      // [n]
-  const T* uncond;    // [n], or null
-  const T* x_t;       // [n], or null
+  const T* x;           // [n], or null
+  const T* teacher;     // [n]
+  const T* fake;        // [n]
+  const T* uncond;      // [n], or null
+  const T* x_t;         // [n], or null
   const uint8_t* mask;  // [n] bool, or null
-  C guidance;         // T = uncond + guidance (teacher - uncond)
-  C a, c;             // x0 = a x_t + c prediction
-  C k;                // w c / (n_b + eps)
-  C inverse;          // of the number of masked elements
-  C identity_alpha;   // score identity only
-  const C* a_rows;    // [n] instead of a, or null
-  const C* c_rows;    // [n] instead of c, or null
-  const C* k_rows;    // [n] instead of k, or null
-  T* d_x;             // [n], or null
-  T* d_teacher;       // [n], or null (score identity)
-  T* d_fake;          // [n], or null (score identity)
+  C guidance;           // T = uncond + guidance (teacher - uncond)
+  C a, c;               // x0 = a x_t + c prediction
+  C k;                  // w c / (n_b + eps)
+  C inverse;            // of the number of masked elements
+  C identity_alpha;     // score identity only
+  const C* a_rows;      // [n] instead of a, or null
+  const C* c_rows;      // [n] instead of c, or null
+  const C* k_rows;      // [n] instead of k, or null
+  T* d_x;               // [n], or null
+  T* d_teacher;         // [n], or null (score identity)
+  T* d_fake;            // [n], or null (score identity)
   bool zero_nonfinite, stats, stream;
 };
 

@@ -20,10 +20,10 @@
 namespace fdistill {
 namespace {
 
-constexpr int64_t kChunk = 16384;        // elements per partial sum: fixes the order of summation
-constexpr int64_t kStage = 512;          // elements gathered at a time where an operand is not dense
-constexpr int64_t kPerThread = 16384;    // elements below which another thread does not pay
-constexpr int64_t kShareBytes = 6 << 20; // samples above this are worked on by all threads at once
+constexpr int64_t kChunk = 16384;         // elements per partial sum: fixes the order of summation
+constexpr int64_t kStage = 512;           // elements gathered at a time where an operand is not dense
+constexpr int64_t kPerThread = 16384;     // elements below which another thread does not pay
+constexpr int64_t kShareBytes = 6 << 20;  // samples above this are worked on by all threads at once
 // Gradients from these sizes on, in all or of each thread, have left the caches before they are read: they are written past
 // them, where that many bytes follow each other. (Other stores wait for those past the caches, some 50 ns at each change.)
 constexpr int64_t kStreamBytes = 8 << 20, kStreamShare = 7 << 18, kStreamRun = 4096;
@@ -186,7 +186,8 @@ class Loss {
     const int64_t b = index / chunks_, chunk = index % chunks_;
     int64_t n = 0;
     for (int64_t at = chunk * kChunk; at < chunk_end(chunk);) {
-      const int64_t length = std::min(chunk_end(chunk) - at, layout_.inner_stride(kMask) == 1 ? layout_.run(at) : kStage);
+      const int64_t length =
+          std::min(chunk_end(chunk) - at, layout_.inner_stride(kMask) == 1 ? layout_.run(at) : kStage);
       const uint8_t* on = mask_bytes(b, at, length, staging);
       for (int64_t i = 0; i < length; ++i) n += on[i] != 0;
       at += length;
@@ -322,8 +323,8 @@ class Loss {
   bool is_dense(int o, int64_t at, int64_t n) const {
     return direct || (layout_.inner_stride(o) == 1 && n <= layout_.run(at) && call_.operands[o].dtype == kDType);
   }
-  static constexpr DType kDType = std::is_same_v<T, float>    ? DType::f32
-                                  : std::is_same_v<T, double> ? DType::f64
+  static constexpr DType kDType = std::is_same_v<T, float>      ? DType::f32
+                                  : std::is_same_v<T, double>   ? DType::f64
                                   : std::is_same_v<T, bfloat16> ? DType::bf16
                                                                 : DType::f16;
 
@@ -352,8 +353,10 @@ class Loss {
   void gather(int o, int64_t b, int64_t at, int64_t n, To* to) const {
     const auto* base = static_cast<const From*>(call_.operands[o].data);
     const auto value = [](From v) {
-      if constexpr (std::is_same_v<From, uint8_t>) return v;
-      else return static_cast<To>(to_float(v));
+      if constexpr (std::is_same_v<From, uint8_t>)
+        return v;
+      else
+        return static_cast<To>(to_float(v));
     };
     layout_.for_each_run(o, b, at, n, [&](int64_t offset, int64_t stride, int64_t count) {
       const From* from = base + offset;
@@ -409,8 +412,10 @@ class Loss {
       if constexpr (sizeof(To) == 2 && std::is_same_v<T, float>)
         if (stride == 1) return kernels_.conversion<To>().narrow(row, to, count);
       for (int64_t i = 0; i < count; ++i) {
-        if constexpr (std::is_same_v<To, double>) to[i * stride] = row[i];
-        else store(row[i], to[i * stride]);
+        if constexpr (std::is_same_v<To, double>)
+          to[i * stride] = row[i];
+        else
+          store(row[i], to[i * stride]);
       }
     });
   }

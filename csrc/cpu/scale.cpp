@@ -11,7 +11,8 @@ constexpr int64_t kPiece = 16384;      // elements that one thread takes at a ti
 constexpr int64_t kPerThread = 65536;  // elements below which another thread does not pay
 
 template <class T>
-void scale(const T* from, T* to, int64_t batch, int64_t elements, const float* factor, int threads, const Conversion<T>& rows) {
+void scale(const T* from, T* to, int64_t batch, int64_t elements, const float* factor, int threads,
+           const Conversion<T>& rows) {
   const int64_t pieces = (elements + kPiece - 1) / kPiece, work = batch * pieces;
   const int64_t members = std::clamp<int64_t>(batch * elements / kPerThread, 1, threads);
   parallel(static_cast<int>(members), [&](Team& team) {
@@ -24,8 +25,8 @@ void scale(const T* from, T* to, int64_t batch, int64_t elements, const float* f
 
 }  // namespace
 
-void scale_rows(const void* from, void* to, DType dtype, int64_t batch, int64_t elements, const float* factor, int threads,
-                const Kernels& kernels) {
+void scale_rows(const void* from, void* to, DType dtype, int64_t batch, int64_t elements, const float* factor,
+                int threads, const Kernels& kernels) {
   const auto run = [&]<class T>(const Conversion<T>& conversion) {
     scale(static_cast<const T*>(from), static_cast<T*>(to), batch, elements, factor, threads, conversion);
   };

@@ -10,7 +10,7 @@ namespace fdistill {
 
 // to[b, i] = from[b, i] factor[b], a float32 product rounded once. [batch, elements], dense, bfloat16 or float16; `to` may be
 // `from`.
-void scale_rows(const void* from, void* to, DType dtype, int64_t batch, int64_t elements, const float* factor, int threads,
-                const Kernels& kernels);
+void scale_rows(const void* from, void* to, DType dtype, int64_t batch, int64_t elements, const float* factor,
+                int threads, const Kernels& kernels);
 
 }  // namespace fdistill

@@ -119,7 +119,8 @@ struct Mask {
     else
       return (R)_mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
 #elif defined(__AVX2__)
-    if constexpr (sizeof(U) == 4) return (R)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+    if constexpr (sizeof(U) == 4)
+      return (R)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
     int four;
     __builtin_memcpy(&four, bytes, sizeof(four));
     return (R)_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
@@ -335,7 +336,8 @@ FD_INLINE Lanes<float, 2> load(const bfloat16* p) {
   using L = Lanes<float, 2>;
   const auto pairs = load_pack<uint32_t, L::n / 2>(reinterpret_cast<const uint32_t*>(p));
   using P = decltype(L::P::lo);
-  return {{map<P>([](L::RU u) { return (L::R)(u << 16); }, pairs), map<P>([](L::RU u) { return (L::R)(u & 0xffff0000u); }, pairs)}};
+  return {{map<P>([](L::RU u) { return (L::R)(u << 16); }, pairs),
+           map<P>([](L::RU u) { return (L::R)(u & 0xffff0000u); }, pairs)}};
 }
 
 FD_INLINE Lanes<float> load(const float16* p) {
@@ -364,7 +366,8 @@ FD_INLINE RU round_to_bfloat16(RU u) {
 template <bool any>
 FD_INLINE void store(bfloat16* p, const Lanes<float, 2>& l, bool stream) {
 #if defined(__AVX512BW__)
-  if constexpr (!any) {  // the same in 32 lanes at once: up where the lower half is at least 0x8001, or 0x8000 of an odd one
+  // Without NaN the same in 32 lanes at once: up where the lower half is at least 0x8001, or 0x8000 of an odd one.
+  if constexpr (!any) {
     constexpr __mmask32 odd_lanes = 0xaaaaaaaa;
     const __m512i even = (__m512i)l.v.lo.r, odd = (__m512i)l.v.hi.r, one = _mm512_set1_epi16(1);
     const __m512i upper = _mm512_mask_blend_epi16(odd_lanes, _mm512_srli_epi32(even, 16), odd);

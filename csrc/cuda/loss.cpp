@@ -390,8 +390,7 @@ void scale_gradient(const ScaleArguments& arguments, void* stream) {
   const auto kernel = gradient_kernel();
   const unsigned resident = resident_blocks("scale_gradient", reinterpret_cast<const void*>(kernel), kMaxThreads, 0);
   const int64_t work = arguments.batch * divide_up(arguments.elements, kScaleChunk);
-  launch({"scale_gradient", static_cast<unsigned>(std::min<int64_t>(work, resident)), kMaxThreads, 1, 0, false,
-          stream},
+  launch({"scale_gradient", static_cast<unsigned>(std::min<int64_t>(work, resident)), kMaxThreads, 1, 0, false, stream},
          kernel, arguments, ranges);
 }
 

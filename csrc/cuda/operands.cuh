@@ -96,7 +96,8 @@ struct Mixed {
       Values values{};
 #pragma unroll
       for (int i = 0; i < n; ++i)
-        if (i < valid) values.v[i] = static_cast<float>(floating(args.data[o], dtype, b * args.batch_stride[o] + at + i));
+        if (i < valid)
+          values.v[i] = static_cast<float>(floating(args.data[o], dtype, b * args.batch_stride[o] + at + i));
       return {pack<float>(values), DType::f32};
     }
     if (dtype == DType::f32) {

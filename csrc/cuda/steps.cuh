@@ -76,7 +76,7 @@ __device__ __forceinline__ C tree_sum(const C (&values)[n], C& error) {
 template <class C, int n>
 __device__ __forceinline__ double sum_of(const C (&values)[n], C& rest) {
   C error = 0;
-  const C sum = tree_sum<sizeof(C) == 4>(values, error);
+  const C sum = tree_sum<(sizeof(C) == 4)>(values, error);
   if (sum - sum == 0) {
     rest += error;
     return static_cast<double>(sum);

@@ -9,9 +9,10 @@ PYBIND11_MODULE(_C_emulated, m) {
   using namespace fdistill;
   m.doc() = "The CUDA kernels in the emulator of csrc/emulator. Called by tests alone.";
   bind_cuda(m);
-  m.def("configure", [](int processors, int blocks_per_processor, int max_cluster, size_t shared_bytes, size_t level2_bytes, unsigned order, int fitting_cluster, int code) {
-    emulator::settings() = {processors,   blocks_per_processor, max_cluster,     shared_bytes,
-                            level2_bytes, order,                fitting_cluster, code};
+  m.def("configure", [](int processors, int blocks_per_processor, int max_cluster, size_t shared_bytes,
+                        size_t level2_bytes, unsigned order, int fitting_cluster, int code) {
+    emulator::settings() = {processors, blocks_per_processor, max_cluster, shared_bytes, level2_bytes,
+                            order,      fitting_cluster,      code};
   });
   m.def("settings", [] {
     const emulator::Settings& s = emulator::settings();

@@ -55,7 +55,7 @@ Settings& settings();
 // a block read counts once.
 struct Traffic {
   int64_t launches = 0, loaded = 0, stored = 0;
-  int64_t vectors = 0;  // accesses to several elements at once
+  int64_t vectors = 0;     // accesses to several elements at once
   int64_t prefetched = 0;  // lines of 128 bytes
 };
 Traffic& traffic();

@@ -17,9 +17,9 @@ class Fiber {
 
   // entry(argument) runs at the first resume() and must never return: it ends.
   void prepare(unsigned char* stack, void (*entry)(void*), void* argument);
-  void resume();             // from outside, until the fiber suspends or ends
-  void suspend();            // from inside
-  [[noreturn]] void end();   // from inside, for good
+  void resume();            // from outside, until the fiber suspends or ends
+  void suspend();           // from inside
+  [[noreturn]] void end();  // from inside, for good
 
  private:
   static void begin(void* fiber);

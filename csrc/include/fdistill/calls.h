@@ -46,8 +46,18 @@ enum Operand : int {
   kOperands
 };
 constexpr const char* kOperandNames[kOperands] = {  // of the arguments they come from
-    "x",      "teacher", "fake",  "teacher_uncond",   "x_t",                    "mask",
-    "weight", "alpha",   "sigma", "the gradient of x", "the gradient of teacher", "the gradient of fake"};
+    "x",
+    "teacher",
+    "fake",
+    "teacher_uncond",
+    "x_t",
+    "mask",
+    "weight",
+    "alpha",
+    "sigma",
+    "the gradient of x",
+    "the gradient of teacher",
+    "the gradient of fake"};
 constexpr Operand kElementwise[] = {kX, kTeacher, kFake, kUncond, kXt, kDx, kDTeacher, kDFake};
 constexpr Operand kRows[] = {kWeight, kAlpha, kSigma};
 
