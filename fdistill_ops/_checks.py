@@ -4,7 +4,6 @@ of them run before any kernel and before any state changes."""
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from . import backends
 from . import histogram as histograms
-from ._call import NAMES, LossCall, Operands, WeightCall
+from ._call import LossCall, Operands, WeightCall
 from ._options import DIFFERENCE, F_DIFFERENCE, F_DISTILL, MATCHING, SCORE_IDENTITY, WEIGHTS, complete
 from ._torch import is_zero
 from ._validation import (
@@ -189,7 +188,9 @@ def _matching(
     if x.ndim == 0:
         raise ValueError("x must have a batch dimension, got a tensor without dimensions")
     _like(x, ("teacher", teacher), ("fake", fake))
-    weight, uncond, guidance, mask, x_t, alpha, sigma, normalizer = _TENSORS(options)
+    weight, mask, normalizer = options["weight"], options["mask"], options["normalizer"]
+    uncond, guidance = options["teacher_uncond"], options["guidance_scale"]
+    x_t, alpha, sigma = options["x_t"], options["alpha"], options["sigma"]
     if weight is not None:
         weight = rows(weight, "weight", x)
 
@@ -254,10 +255,6 @@ def _matching(
     return LossCall(operands, params, chosen(x, backend), weights, limit)
 
 
-_TENSORS = operator.itemgetter(*NAMES[3:])
-_OF_WEIGHTS = operator.itemgetter("divergence", "histogram", "normalize", "group")
-
-
 def _mask(mask: Any, x: Tensor) -> Tensor:
     """As PyTorch broadcasts it, and [B] or another leading part of x's shape, as the other arguments; in x's shape."""
     if dense(mask, "mask").dtype is not torch.bool:
@@ -288,8 +285,8 @@ def _weights(logits: Any, t: Any, options: dict[str, Any]) -> WeightCall:
         raise ValueError(f"logits has no heads: shape {tuple(logits.shape)}")
     if logits.ndim > 2:  # the map of a discriminator of patches: its places are heads
         logits = call_named(lambda v: v.detach().flatten(1), {"logits": logits})
-    divergence, histogram, normalize, group = _OF_WEIGHTS(options)
-    divergence = get_divergence(divergence)
+    divergence = get_divergence(options["divergence"])
+    histogram, normalize, group = options["histogram"], options["normalize"], options["group"]
     if normalize is not None and not (isinstance(normalize, str) and normalize == "mean"):
         unknown(normalize, "normalize", ("mean", None))
     eps, zero = _eps_and_zero(options)
