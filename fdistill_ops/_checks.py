@@ -76,9 +76,7 @@ def prediction_name(value: Any) -> str:
     unknown(value, "prediction", (*PREDICTIONS, *PREDICTION_ALIASES))
 
 
-def max_norm(value: Any) -> float | None:
-    if value is None:
-        return None
+def _max_norm(value: Any) -> float:
     limit = number(value, "max_norm")
     if limit <= 0.0:
         raise ValueError(f"max_norm must be above 0, got {shown(value)}")
@@ -250,7 +248,7 @@ def _matching(
             same_device(weights.logits, "logits", x, "x")
     limit = options["max_norm"]
     if limit is not None:
-        limit = max_norm(limit)
+        limit = _max_norm(limit)
     operands = Operands(x, teacher, fake, weight, uncond, guidance, mask, x_t, alpha, sigma, rows_given)
     return LossCall(operands, params, chosen(x, backend), weights, limit)
 

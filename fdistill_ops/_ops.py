@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from . import _reference, backends
 from ._autograd import refuse_double_backward
 from ._call import NAMES, LossCall, Needs, Operands, WeightCall, WeightResult, compute_dtype
-from ._torch import DERIVATIVES as _DERIVATIVES
+from ._torch import DERIVATIVES as _TRANSFORMS
 from ._torch import DUAL_LEVEL as _DUAL_LEVEL
 from ._torch import dispatch_modes as _dispatch_modes
 from ._torch import functorch_level as _functorch_level
@@ -42,7 +42,7 @@ def _traced(*operands: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return True
     transform = _functorch_level()
-    if transform is not None and transform.key() in _DERIVATIVES:
+    if transform is not None and transform.key() in _TRANSFORMS:
         raise RuntimeError(
             "fdistill_ops: torch.func's derivatives (grad, vjp, jvp, jacrev, ...) are not supported; "
             "use backward() or torch.autograd.grad"

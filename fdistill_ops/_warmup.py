@@ -60,10 +60,11 @@ def warmup(
     flag(guidance, "guidance"), flag(mask, "mask"), flag(return_stats, "return_stats")
     prediction = _checks.prediction_name(prediction)
     probe = torch.zeros(1)
-    _checks.f_weights("warmup", probe, None, {"divergence": divergence, "normalize": normalize, "nonfinite": nonfinite})
+    weighting = {"divergence": divergence, "normalize": normalize, "nonfinite": nonfinite}
+    _checks.f_weights("warmup", probe, None, weighting, "reference")  # whichever back end serves the target
     if isinstance(normalizer, Tensor):
         raise TypeError("normalizer must be 'mean_abs' or None here")
-    _checks.loss("warmup", *(probe,) * 3, {"normalizer": normalizer, "reduction": reduction})
+    _checks.loss("warmup", *(probe,) * 3, {"normalizer": normalizer, "reduction": reduction}, "reference")
     histogram = None if bins is None else RatioHistogram(0.0, 1.0, bins).to(target)
     logits = torch.zeros((2, heads) if heads > 1 else (2,), device=target)
     t = None if histogram is None else torch.zeros(2, device=target)

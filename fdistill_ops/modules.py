@@ -66,8 +66,8 @@ class FDistillLoss(torch.nn.Module):
             "nonfinite": nonfinite,
             "reduction": reduction,
         }
-        probe = torch.zeros(1)
-        _checks.f_distill("FDistillLoss", *(probe,) * 4, None, {"divergence": divergence, **self.settings})
+        probe, settings = torch.zeros(1), {"divergence": divergence, **self.settings}
+        _checks.f_distill("FDistillLoss", *(probe,) * 4, None, settings, "reference")  # which serves any device
 
     @overload
     def forward(

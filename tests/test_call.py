@@ -13,7 +13,7 @@ import torch
 from conftest import Backend
 
 import fdistill_ops as fd
-from fdistill_ops import _call, _native
+from fdistill_ops import _call, _native, backends
 
 FUNCTIONS = (
     *("f_weights", "distribution_matching_loss", "f_distill_loss", "score_difference"),
@@ -91,3 +91,15 @@ def test_a_call_passes_few_functions(backend: Backend) -> None:
     assert len(frames(lambda: fd.distribution_matching_loss(leaf, teacher, fake))) <= 25
     assert len(frames(lambda: fd.f_distill_loss(leaf, teacher, fake, logits))) <= 30
     assert len(frames(lambda: fd.f_distill_loss(leaf, teacher, fake, logits, t, histogram=histogram))) <= 45
+
+
+def test_settings_are_checked_without_choosing_a_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where CUDA's is chosen, a module is made and compiling ahead is asked for before there is a tensor on a GPU."""
+    monkeypatch.setattr(backends, "_of_process", "cuda")
+    monkeypatch.setattr(backends, "_chosen", {})
+    fd.FDistillLoss("js", reduction="sample")
+    fd.warmup([], device="cpu")
+    with pytest.raises(ValueError, match=r"^reduction must be one of"):
+        fd.FDistillLoss(reduction="average")
+    with pytest.raises(RuntimeError, match="cuda"):
+        fd.distribution_matching_loss(*[torch.ones(2)] * 3)
