@@ -59,14 +59,6 @@ def _like(x: Tensor, *named: tuple[str, Any]) -> None:
         same_device(value, name, x, "x")
 
 
-def nonfinite_rule(value: Any) -> bool:
-    """True where non-finite values are to become zero."""
-    zero = _NONFINITE.get(value) if isinstance(value, str) else None
-    if zero is None:
-        unknown(value, "nonfinite", _NONFINITE)
-    return zero
-
-
 def prediction_name(value: Any) -> str:
     """The prediction by its own name: diffusers' names are known too."""
     if isinstance(value, str):
@@ -86,9 +78,9 @@ def _max_norm(value: Any) -> float:
 def _eps_and_zero(options: Mapping[str, Any]) -> tuple[float, bool]:
     """eps, and whether what is not finite becomes zero."""
     eps, nonfinite = options["eps"], options["nonfinite"]
-    zero = _NONFINITE.get(nonfinite) if type(nonfinite) is str else None
+    zero = _NONFINITE.get(nonfinite) if isinstance(nonfinite, str) else None
     if zero is None:
-        zero = nonfinite_rule(nonfinite)
+        unknown(nonfinite, "nonfinite", _NONFINITE)
     if type(eps) is not float or not 0.0 <= eps < math.inf:
         eps = number(eps, "eps", low=0.0)
     return eps, zero
